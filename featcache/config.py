@@ -1,0 +1,305 @@
+"""One typed configuration per job: command line, YAML file, Prefect parameter and record in one model.
+
+`Config` is the base of every job's model. `one_of` builds the union of a folder's config classes,
+told apart by `kind`. `run_job` is the whole of a job's `__main__`.
+"""
+
+import argparse
+import difflib
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Self, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from featcache.errors import ConfigError, UserError
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, no unknown keys, the string under a field is its help."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_kinds(cls, values: Any) -> Any:
+        """Reads `head: mop` as `head: {kind: mop}`, and an omitted `kind` as the default's."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for name, field in cls.model_fields.items():
+            if field.discriminator is None or name not in values:
+                continue
+            value = values[name]
+            if isinstance(value, str):
+                values[name] = {"kind": value}
+            elif isinstance(value, Mapping) and "kind" not in value:
+                kind = _default_kind(field)
+                if kind is not None:
+                    values[name] = {"kind": kind, **value}
+        return values
+
+    def record(self) -> dict[str, Any]:
+        """The resolved configuration as plain JSON values: what a run folder or a cache keeps."""
+        result: dict[str, Any] = self.model_dump(mode="json")
+        return result
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that `--config` reads back."""
+        text: str = yaml.safe_dump(self.record(), sort_keys=False, allow_unicode=True)
+        return text
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """The configuration a YAML file describes.
+
+        Raises:
+            ConfigError: if the file is missing, is not a mapping, or has an illegal value.
+        """
+        return cls._validated(_read_yaml(path))
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
+        """The configuration from flags and `--config FILE`; flags beat the file, the file the defaults.
+
+        Args:
+            argv: arguments without the program name; default `sys.argv[1:]`.
+
+        Raises:
+            ConfigError: one line per illegal or missing value, each with its full dotted path.
+            SystemExit: for `--help` (0) and for unknown flags (2).
+        """
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        arguments, file = _take_config_file(arguments)
+        values: dict[str, Any] = {} if file is None else _read_yaml(file)
+        flags = _parse_flags(cls, _expand_kinds(cls, arguments))
+        return cls._validated(_merge(values, flags))
+
+    @classmethod
+    def _validated(cls, values: Mapping[str, Any]) -> Self:
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_error_lines(error, _kind_fields(cls)))) from None
+
+
+T = TypeVar("T", bound=Config)
+
+
+def one_of(package: str, path: Iterable[str], base: type[T]) -> dict[str, type[T]]:
+    """Config classes of a folder by `kind`; adding a file to the folder adds a member.
+
+    Args:
+        package: dotted name of the folder's package (`__name__` of its `__init__`).
+        path: the package's `__path__`.
+        base: the class every member derives from.
+
+    Raises:
+        TypeError: if two files claim the same `kind`.
+    """
+    for module in sorted(info.name for info in pkgutil.iter_modules(path)):
+        importlib.import_module(f"{package}.{module}")
+    members: dict[str, type[T]] = {}
+    pending = list(base.__subclasses__())
+    while pending:
+        member = pending.pop(0)
+        pending.extend(member.__subclasses__())
+        field = member.model_fields.get("kind")
+        if field is None or not member.__module__.startswith(package + "."):
+            continue
+        kind = field.default
+        if not isinstance(kind, str):
+            continue
+        if kind in members:
+            raise TypeError(
+                f"kind {kind!r} is claimed by {members[kind].__module__} and {member.__module__}"
+            )
+        members[kind] = member
+    return dict(sorted(members.items()))
+
+
+def union_of(members: Mapping[str, type[Config]], default: str | None = None) -> Any:
+    """The union type of `members`; `default` goes last so that `--help` shows its values."""
+    order = sorted(members, key=lambda kind: (kind == default, kind))
+    return Union[tuple(members[kind] for kind in order)]  # noqa: UP007 (built at run time)
+
+
+def run_job(config_class: type[T], run: Callable[[T], object]) -> NoReturn:
+    """Runs a job from the command line and exits: 0 done, 1 user error (one line), 130 interrupted."""
+    try:
+        run(config_class.from_command_line())
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted: what is already written stays; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _default_kind(field: FieldInfo) -> str | None:
+    default = field.get_default(call_default_factory=False)
+    return None if default is PydanticUndefined else getattr(default, "kind", None)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--config {file}: no such file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Splits `--config FILE` or `--config=FILE` off the arguments."""
+    rest: list[str] = []
+    file: str | None = None
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        if argument == "--config":
+            if position + 1 == len(arguments):
+                raise ConfigError("--config: expected a YAML file after it")
+            file = arguments[position + 1]
+            position += 2
+            continue
+        if argument.startswith("--config="):
+            file = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+        position += 1
+    return rest, file
+
+
+def _nested_models(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if get_origin(annotation) is not None:
+        return [model for part in get_args(annotation) for model in _nested_models(part)]
+    return []
+
+
+def _kind_fields(model: type[Config], prefix: str = "") -> set[str]:
+    """Dotted names of all fields told apart by `kind`."""
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        if field.discriminator is not None:
+            found.add(prefix + name)
+        for nested in _nested_models(field.annotation):
+            found |= _kind_fields(nested, f"{prefix}{name}.")
+    return found
+
+
+def _expand_kinds(model: type[Config], arguments: list[str]) -> list[str]:
+    """Turns `--head mop` into `--head.kind mop`."""
+    kinds = {f"--{name}" for name in _kind_fields(model)}
+    expanded = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag in kinds and not value.startswith("{"):
+            argument = f"{flag}.kind{equals}{value}"
+        expanded.append(argument)
+    return expanded
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, and with a hint for misspelt flags."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            close = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
+            message += f" (did you mean {close[0]}?)" if close else " (see --help)"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
+    """Nested values of the flags that were given, still unvalidated."""
+    module = sys.modules.get("__main__")
+    spec = getattr(module, "__spec__", None)
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None else None
+
+    class Settings(BaseSettings):
+        model_config = SettingsConfigDict(
+            cli_implicit_flags=True,
+            cli_enforce_required=False,
+            cli_avoid_json=True,
+            use_attribute_docstrings=True,
+            extra="forbid",
+            protected_namespaces=(),
+        )
+
+    settings = type(model.__name__, (Settings, model), {"__doc__": model.__doc__})
+    parser = _Parser(prog=program, description=model.__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags beat it")
+    source: Any = CliSettingsSource(settings, root_parser=parser, cli_parse_args=arguments)
+    values: dict[str, Any] = source()
+    values.pop("config", None) if "config" not in model.model_fields else None
+    return values
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Recursive union; `above` wins, and another `kind` drops the options of the kind below."""
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        if isinstance(value, Mapping):
+            if isinstance(under, str):
+                under = {"kind": under}
+            if isinstance(under, Mapping):
+                other_kind = "kind" in value and value["kind"] != under.get("kind", value["kind"])
+                merged[name] = dict(value) if other_kind else _merge(under, value)
+                continue
+        merged[name] = value
+    return merged
+
+
+def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        names: list[str] = []
+        tagged = False
+        for part in item["loc"]:  # pydantic puts the kind behind a union's name: head.linear.bias
+            if not tagged:
+                names.append(str(part))
+            tagged = not tagged and ".".join(names) in kind_fields
+        path = ".".join(names) or "configuration"
+        found = item.get("input")
+        shown = "" if item["type"] == "missing" or isinstance(found, Mapping) else f", found {found!r}"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"no such option{' of ' + str(item['loc'][-2]) if len(item['loc']) > 1 else ''}"
+        lines.append(f"{path}: {message}{shown}")
+    return lines
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no blanks, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

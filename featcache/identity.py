@@ -1,0 +1,155 @@
+"""What a cache holds, field by field, and the fingerprint over it.
+
+An `Identity` covers everything that changes the numbers or their meaning: dataset rows, class list,
+backbone weights, preprocessing, precision, kept features, views. It does not cover what only changes
+the speed: batch size, number of readers, shard size, device.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from featcache.config import Config, canonical_json
+from featcache.errors import CacheMismatchError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""Arithmetic of the towers' weights and activations."""
+
+StorageDtype = Literal["float16", "float32"]
+"""Type of the feature arrays on disk."""
+
+
+class DatasetIdentity(Config):
+    """Which rows, labels, classes and captions a cache was made from."""
+
+    kind: str
+    """Dataset kind (folder, table, …)."""
+    task: str
+    """single_label, multi_label or unlabelled."""
+    num_rows: int
+    """Number of images, unreadable ones included."""
+    rows: str
+    """Hash over ids, relative paths and splits, in order."""
+    labels: str
+    """Hash over the labels, in order."""
+    classes: str
+    """Hash over the class names, in index order."""
+    captions: str
+    """Hash over the captions, in order."""
+
+
+class BackboneIdentity(Config):
+    """Which frozen encoder wrote a cache."""
+
+    kind: str
+    """Backbone kind (open_clip, …)."""
+    name: str
+    """Architecture name."""
+    weights: str
+    """Hash over names, types, shapes and bytes of all tensors of the state dict."""
+    architecture: str
+    """Hash over the architecture's configuration (activation, depth, widths, …)."""
+
+
+class PreprocessIdentity(Config):
+    """How a file becomes the pixels that the encoder sees."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    """Per-channel mean, in units of 0..1."""
+    std: tuple[float, ...]
+    """Per-channel standard deviation, in units of 0..1."""
+    interpolation: str
+    """Resize filter."""
+    resize_mode: str
+    """shortest (then centre crop), squash or longest (then padding)."""
+    fill_color: int
+    """Padding grey level 0..255; only read by `longest`."""
+    mode: Literal["fast", "scaled", "reference"]
+    """How files are decoded and resized; see `featcache.images`."""
+
+
+class FeatureIdentity(Config):
+    """Which features are kept, and how they are stored."""
+
+    projected: bool
+    """(N, P) image features after the projection, not normalised."""
+    pooled: bool
+    """(N, D) image features before the projection, not normalised."""
+    tokens: str
+    """"none", "all" or "grid:K": patch tokens of `token_layer`, K×K average-pooled."""
+    token_layer: int
+    """Block whose output the tokens are, counted from 1; -1 = the last one."""
+    text: bool
+    """(M, P) caption features after the projection, not normalised."""
+    storage_dtype: StorageDtype
+    """Type on disk."""
+    num_views: int
+    """Views per image; 1 = no view axis. View 0 is the plain one."""
+    view_seed: int
+    """Seed of the augmented views' crops and flips; 0 when there is one view."""
+    view_scale: float
+    """Smallest share of the image area that an augmented view's crop keeps; 1 when there is one view."""
+
+
+class Identity(Config):
+    """Everything that changes the numbers of a cache."""
+
+    format: Literal[1] = 1
+    """Version of the on-disk layout."""
+    dataset: DatasetIdentity
+    """The rows."""
+    backbone: BackboneIdentity
+    """The frozen encoder."""
+    preprocess: PreprocessIdentity
+    """From file to pixels."""
+    precision: Precision
+    """Arithmetic of the towers."""
+    features: FeatureIdentity
+    """What is kept."""
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over all fields."""
+        return fingerprint(self.record())
+
+
+def fingerprint(value: Any) -> str:
+    """XXH3-128 of a JSON value in canonical form, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
+
+
+def hash_strings(strings: list[str]) -> str:
+    """XXH3-128 over a list of strings; lengths count, so moving a boundary changes it."""
+    digest = xxhash.xxh3_128()
+    encoded = [text.encode() for text in strings]
+    digest.update(np.fromiter((len(item) for item in encoded), np.int64, len(encoded)).tobytes())
+    digest.update(b"".join(encoded))
+    return digest.hexdigest()
+
+
+def require_equal(found: Identity, expected: Identity, where: str) -> None:
+    """Checks that a cache holds what a job wants.
+
+    Raises:
+        CacheMismatchError: naming the first differing field with both values.
+    """
+    for name, have, want in differences(found.record(), expected.record()):
+        raise CacheMismatchError(
+            f"{where}: {name} differs: the cache holds {have!r}, this job wants {want!r}; "
+            "use another cache path, or delete this cache to extract anew"
+        )
+
+
+def differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Differing leaves of two records as (dotted name, found, expected), in field order."""
+    for name in [*expected, *(key for key in found if key not in expected)]:
+        have, want = found.get(name), expected.get(name)
+        if isinstance(have, Mapping) and isinstance(want, Mapping):
+            yield from differences(have, want, f"{prefix}{name}.")
+        elif have != want:
+            yield prefix + name, have, want

@@ -1,0 +1,234 @@
+"""The one table that every dataset becomes: rows, classes, and hashes over them.
+
+Rows are joined by `id`, never by position. They are kept in split order (train, val, test, then any
+other name), inside a split in the order the dataset gives, so that a split is one contiguous range.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featcache.errors import DatasetError
+from featcache.identity import DatasetIdentity, hash_strings
+
+Task = Literal["single_label", "multi_label", "unlabelled"]
+
+SPLITS = ("train", "val", "test")
+"""Splits in storage order; other names follow, sorted."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("path", pa.large_string()),
+        ("split", pa.large_string()),
+        ("labels", pa.large_list(pa.int32())),
+        ("captions", pa.large_list(pa.large_string())),
+    ]
+)
+"""One row an image. `path` is relative to the manifest's root; a row of a single-label set has one
+label or, when unlabelled, none."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset as one row table and one class table.
+
+    Attributes:
+        kind: dataset kind, e.g. `folder`.
+        root: folder that the rows' paths start from.
+        rows: Arrow table of `ROW_SCHEMA`, N rows.
+        classes: C rows in index order; column `name` (unique), `count` (training images with the
+            class) and any metadata as string columns (genus, family, …).
+        task: how the labels are to be read.
+    """
+
+    kind: str
+    root: Path
+    rows: pa.Table
+    classes: pd.DataFrame
+    task: Task
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        kind: str,
+        root: str | Path,
+        ids: Sequence[str] | pa.Array,
+        paths: Sequence[str] | pa.Array,
+        splits: Sequence[str] | pa.Array,
+        labels: Sequence[Sequence[int]] | pa.Array,
+        classes: pd.DataFrame,
+        task: Task,
+        captions: Sequence[Sequence[str]] | pa.Array | None = None,
+    ) -> "Manifest":
+        """A checked manifest with rows in split order and training counts filled in.
+
+        Args:
+            kind: dataset kind.
+            root: folder that `paths` start from.
+            ids: N unique strings.
+            paths: N paths relative to `root`, with forward slashes.
+            splits: N split names.
+            labels: N lists of class indices; empty = unlabelled (single-label) or no positive.
+            classes: C rows with a unique `name` column; further columns are metadata.
+            task: single_label, multi_label or unlabelled.
+            captions: N lists of captions; None = no captions.
+
+        Raises:
+            DatasetError: empty set, duplicate id or class name, label out of range, or more than
+                one label in a single-label set.
+        """
+        ids = pa.array(ids, pa.large_string())
+        if len(ids) == 0:
+            raise DatasetError(f"{root}: the {kind} dataset has no rows; check the path and options")
+        empty = pa.array([[]] * len(ids), ROW_SCHEMA.field("captions").type)
+        rows = pa.table(
+            [
+                ids,
+                pa.array(paths, pa.large_string()),
+                pa.array(splits, pa.large_string()),
+                pa.array(labels, ROW_SCHEMA.field("labels").type),
+                empty if captions is None else pa.array(captions, empty.type),
+            ],
+            schema=ROW_SCHEMA,
+        )
+        _check_unique(rows.column("id"), f"{root}: id")
+        names = classes["name"].astype(str)
+        if names.duplicated().any():
+            raise DatasetError(
+                f"{root}: class {names[names.duplicated()].iloc[0]!r} is listed twice; "
+                "class names must be unique"
+            )
+        _check_labels(rows, len(classes), task, str(root))
+        rows = rows.take(pa.array(_split_order(rows.column("split"))))
+        counts = _train_counts(rows, len(classes))
+        table = classes.drop(columns=["count"], errors="ignore").reset_index(drop=True)
+        table = table.fillna("").astype(str)
+        return cls(kind, Path(root), rows.combine_chunks(), table.assign(count=counts), task)
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.classes)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The N row ids, in row order."""
+        return list(self.rows.column("id").to_pylist())
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The N paths relative to `root`, in row order."""
+        return list(self.rows.column("path").to_pylist())
+
+    @cached_property
+    def splits(self) -> list[str]:
+        """The N split names, in row order."""
+        return list(self.rows.column("split").to_pylist())
+
+    @cached_property
+    def label_offsets(self) -> npt.NDArray[np.int64]:
+        """(N+1,) start of each row's labels in `label_values`."""
+        return _offsets(self.rows.column("labels"))
+
+    @cached_property
+    def label_values(self) -> npt.NDArray[np.int32]:
+        """All rows' class indices, one after the other."""
+        values = pc.list_flatten(self.rows.column("labels"))
+        return np.asarray(values.to_numpy(), dtype=np.int32)
+
+    @cached_property
+    def caption_offsets(self) -> npt.NDArray[np.int64]:
+        """(N+1,) start of each row's captions in `caption_values`."""
+        return _offsets(self.rows.column("captions"))
+
+    @cached_property
+    def caption_values(self) -> list[str]:
+        """All M captions, one row's after the other."""
+        return list(pc.list_flatten(self.rows.column("captions")).to_pylist())
+
+    def limited(self, limit: int) -> "Manifest":
+        """The first `limit` rows of each split."""
+        splits = np.asarray(self.splits, dtype=object)
+        kept = np.concatenate(
+            [np.flatnonzero(splits == name)[:limit] for name in dict.fromkeys(self.splits)]
+        )
+        rows = self.rows.take(pa.array(np.sort(kept))).combine_chunks()
+        classes = self.classes.assign(count=_train_counts(rows, self.num_classes))
+        return Manifest(self.kind, self.root, rows, classes, self.task)
+
+    @cached_property
+    def identity(self) -> DatasetIdentity:
+        """Hashes over rows, labels, classes and captions."""
+        labels = np.concatenate([self.label_offsets, self.label_values.astype(np.int64)])
+        captions = [str(offset) for offset in self.caption_offsets.tolist()] + self.caption_values
+        return DatasetIdentity(
+            kind=self.kind,
+            task=self.task,
+            num_rows=len(self),
+            rows=hash_strings(self.ids + self.paths + self.splits),
+            labels=hash_strings([str(value) for value in labels.tolist()]),
+            classes=class_hash(self.classes["name"].tolist()),
+            captions=hash_strings(captions),
+        )
+
+
+def class_hash(names: Sequence[str]) -> str:
+    """Hash over class names in index order: what a head compares before it reads a cache."""
+    return hash_strings(list(names))
+
+
+def _offsets(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    lengths = pc.list_value_length(column).to_numpy()
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _check_unique(column: pa.ChunkedArray, what: str) -> None:
+    if pc.count_distinct(column).as_py() == len(column):
+        return
+    counts = pc.value_counts(column.combine_chunks())
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))[0]
+    raise DatasetError(
+        f"{what} {repeated['values'].as_py()!r} occurs {repeated['counts'].as_py()} times; "
+        "ids must be unique"
+    )
+
+
+def _check_labels(rows: pa.Table, num_classes: int, task: Task, root: str) -> None:
+    values = pc.list_flatten(rows.column("labels"))
+    if len(values):
+        bounds = pc.min_max(values).as_py()
+        if bounds["min"] < 0 or bounds["max"] >= num_classes:
+            bad = bounds["min"] if bounds["min"] < 0 else bounds["max"]
+            raise DatasetError(f"{root}: label {bad} lies outside 0..{num_classes - 1}")
+    if task == "single_label":
+        longest = pc.max(pc.list_value_length(rows.column("labels"))).as_py()
+        if longest > 1:
+            raise DatasetError(f"{root}: a row of a single-label set has {longest} labels")
+
+
+def _split_order(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    encoded = column.combine_chunks().dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    known = {name: rank for rank, name in enumerate(SPLITS)}
+    ranks = {name: rank for rank, name in enumerate(sorted(set(names) - set(SPLITS)), len(SPLITS))}
+    rank_of = np.asarray([{**ranks, **known}[name] for name in names])
+    return np.argsort(rank_of[encoded.indices.to_numpy()], kind="stable")
+
+
+def _train_counts(rows: pa.Table, num_classes: int) -> npt.NDArray[np.int64]:
+    train = rows.filter(pc.equal(rows.column("split"), "train"))
+    values = pc.list_flatten(train.column("labels")).to_numpy()
+    return np.bincount(values, minlength=num_classes).astype(np.int64)

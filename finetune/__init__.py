@@ -1,0 +1,1 @@
+"""End to end, when frozen features are not enough: pretraining and adaptation of backbones."""

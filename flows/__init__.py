@@ -1,0 +1,1 @@
+"""Thin Prefect flows: order, retries, parameters. No tensors, no arithmetic."""

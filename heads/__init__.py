@@ -1,0 +1,1 @@
+"""Stage two: lightweight heads trained on cached features."""

@@ -1,0 +1,147 @@
+"""What a head must offer: a config that builds it, logits from features, and a loss.
+
+Adding a head is one new file in `heads/models`: subclass `HeadConfig` and `Head`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from featcache.config import Config
+from featcache.manifest import Task
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a head is told about the cache it will be trained on.
+
+    Attributes:
+        feature_dim: width of the feature the head reads (P for `image/projected`).
+        num_classes: C.
+        task: single_label or multi_label.
+        class_counts: (C,) int64 training rows with each class, of the rows really trained on.
+        classes: class table (name, count, metadata), C rows in index order.
+        prompts: (T, C, P) float32 per-template class text features, not normalised; None if the
+            head did not ask for text.
+        logit_scale: multiplier of image-text cosines that the backbone was trained with.
+    """
+
+    feature_dim: int
+    num_classes: int
+    task: Task
+    class_counts: npt.NDArray[np.int64]
+    classes: pd.DataFrame
+    prompts: Tensor | None
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class OptimDefaults:
+    """A head's own choice where `optim` leaves a field unset.
+
+    Attributes:
+        lr: peak learning rate; weight_decay: decoupled weight decay.
+        epochs: passes over the training split; batch_size: rows per optimiser step.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    epochs: int = 100
+    batch_size: int = 4096
+
+
+class Head(nn.Module, ABC):
+    """Class logits from cached features, and the loss that trains them."""
+
+    trainable: bool = True
+    """False for heads without parameters to train (zero-shot)."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Class logits.
+
+        Args:
+            features: (B, D) float32, as stored, not normalised; the head normalises by itself.
+
+        Returns:
+            (B, C) float32; softmax (single label) or sigmoid (multi label) gives probabilities.
+        """
+
+    def loss(self, features: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
+        """The training loss of a batch under "loss", and its parts by name for the log.
+
+        Args:
+            features: (B, D) float32, as stored.
+            targets: (B,) int64 class indices, or (B, C) float32 multi-hot.
+            progress: share of all optimiser steps already taken, 0..1; schedules read it.
+        """
+        raise TypeError(f"{type(self).__name__} has nothing to train")
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimiser parameter groups; default one group with all trainable parameters."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
+
+    def candidates(self, features: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, logits) of each model trained side by side; heads that train one give one."""
+        yield "", self.forward(features)
+
+    def select(self, name: str) -> None:
+        """Makes the candidate `name` the one that `forward` answers with."""
+
+    def trained_state(self) -> Mapping[str, Tensor]:
+        """Tensors that training changes, by name: what `head.safetensors` holds."""
+        wanted = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: t.detach() for name, t in self.state_dict().items() if name in wanted}
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts tensors of `trained_state` back in place.
+
+        Raises:
+            ValueError: if names or shapes differ from this head's own.
+        """
+        own = self.trained_state()
+        if own.keys() != state.keys():
+            different = sorted(own.keys() ^ state.keys())
+            raise ValueError(f"tensors {different} are not in both the file and the head")
+        for name, tensor in state.items():
+            if own[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                )
+        self.load_state_dict({**self.state_dict(), **state})
+
+
+class HeadConfig(Config):
+    """Options that every head shares."""
+
+    needs: ClassVar[tuple[str, ...]] = ("image/projected",)
+    """Arrays of the cache that the head reads; the first one gives `feature_dim`."""
+    needs_prompts: ClassVar[bool] = False
+    """Whether the head starts from class text features."""
+    optim_defaults: ClassVar[OptimDefaults] = OptimDefaults()
+    """Used where `optim` leaves a field unset."""
+
+    kind: str
+    """Head kind."""
+
+    def template_names(self, classes: pd.DataFrame, kind: str) -> list[str]:
+        """Prompt templates (format strings over the class table's columns) that the head starts from.
+
+        Args:
+            classes: class table.
+            kind: dataset kind, for heads whose templates depend on it.
+        """
+        return []
+
+    @abstractmethod
+    def build(self, spec: FeatureSpec) -> Head:
+        """The head, freshly initialised from torch's global random generator."""

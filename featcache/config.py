@@ -1,4 +1,4 @@
-"""One typed configuration per job: command line, YAML file, Prefect parameter and record in one model.
+"""One typed configuration per job: command line, YAML file, Prefect parameter and record.
 
 `Config` is the base of every job's model. `one_of` builds the union of a folder's config classes,
 told apart by `kind`. `run_job` is the whole of a job's `__main__`.
@@ -24,7 +24,7 @@ from featcache.errors import ConfigError, UserError
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, no unknown keys, the string under a field is its help."""
+    """Base of every configuration: frozen, no unknown keys, a field's docstring is its help."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -74,7 +74,7 @@ class Config(BaseModel):
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
-        """The configuration from flags and `--config FILE`; flags beat the file, the file the defaults.
+        """The configuration from flags and `--config FILE`; flags beat the file, it the defaults.
 
         Args:
             argv: arguments without the program name; default `sys.argv[1:]`.
@@ -139,7 +139,7 @@ def union_of(members: Mapping[str, type[Config]], default: str | None = None) ->
 
 
 def run_job(config_class: type[T], run: Callable[[T], object]) -> NoReturn:
-    """Runs a job from the command line and exits: 0 done, 1 user error (one line), 130 interrupted."""
+    """Runs a job from the command line; exit status 0 done, 1 bad input, 2 bad option, 130 ^C."""
     try:
         run(config_class.from_command_line())
     except UserError as error:
@@ -147,7 +147,7 @@ def run_job(config_class: type[T], run: Callable[[T], object]) -> NoReturn:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        print("interrupted: what is already written stays; the same command resumes", file=sys.stderr)
+        print("interrupted: what is written stays; the same command resumes", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
@@ -168,7 +168,9 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {file}: expected `key: value` lines, found {type(values).__name__}")
+        raise ConfigError(
+            f"--config {file}: expected `key: value` lines, found {type(values).__name__}"
+        )
     return values
 
 
@@ -258,7 +260,9 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
 
     settings = type(model.__name__, (Settings, model), {"__doc__": model.__doc__})
     parser = _Parser(prog=program, description=model.__doc__)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags beat it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the same names; flags beat it"
+    )
     source: Any = CliSettingsSource(settings, root_parser=parser, cli_parse_args=arguments)
     values: dict[str, Any] = source()
     values.pop("config", None) if "config" not in model.model_fields else None
@@ -292,14 +296,20 @@ def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
             tagged = not tagged and ".".join(names) in kind_fields
         path = ".".join(names) or "configuration"
         found = item.get("input")
-        shown = "" if item["type"] == "missing" or isinstance(found, Mapping) else f", found {found!r}"
+        hidden = item["type"] in ("missing", "union_tag_invalid") or isinstance(found, Mapping)
+        shown = "" if hidden else f", found {found!r}"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = f"no such option{' of ' + str(item['loc'][-2]) if len(item['loc']) > 1 else ''}"
+            message = "no such option" + (f" of {item['loc'][-2]}" if len(item["loc"]) > 1 else "")
+        elif item["type"] == "union_tag_invalid":
+            context = item["ctx"]
+            message = f"unknown kind {context['tag']!r}; known: {context['expected_tags']}"
         lines.append(f"{path}: {message}{shown}")
     return lines
 
 
 def canonical_json(value: Any) -> str:
     """JSON text that is equal for equal values: sorted keys, no blanks, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+    )

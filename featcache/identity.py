@@ -1,8 +1,8 @@
 """What a cache holds, field by field, and the fingerprint over it.
 
-An `Identity` covers everything that changes the numbers or their meaning: dataset rows, class list,
-backbone weights, preprocessing, precision, kept features, views. It does not cover what only changes
-the speed: batch size, number of readers, shard size, device.
+An `Identity` covers everything that changes the numbers or their meaning: dataset rows, class
+list, backbone weights, preprocessing, precision, kept features, views. It does not cover what only
+changes the speed: batch size, number of readers, shard size, device.
 """
 
 from collections.abc import Iterator, Mapping
@@ -92,7 +92,7 @@ class FeatureIdentity(Config):
     view_seed: int
     """Seed of the augmented views' crops and flips; 0 when there is one view."""
     view_scale: float
-    """Smallest share of the image area that an augmented view's crop keeps; 1 when there is one view."""
+    """Smallest share of the area that an augmented view's crop keeps; 1 when there is one view."""
 
 
 class Identity(Config):

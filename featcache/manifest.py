@@ -89,7 +89,9 @@ class Manifest:
         """
         ids = pa.array(ids, pa.large_string())
         if len(ids) == 0:
-            raise DatasetError(f"{root}: the {kind} dataset has no rows; check the path and options")
+            raise DatasetError(
+                f"{root}: the {kind} dataset has no rows; check the path and options"
+            )
         empty = pa.array([[]] * len(ids), ROW_SCHEMA.field("captions").type)
         rows = pa.table(
             [

@@ -1,4 +1,4 @@
-"""What a frozen encoder must offer: identity, sizes, pixels in, features out, text in, features out.
+"""What a frozen encoder must offer: identity, sizes, and features of images and text.
 
 Adding a backbone family is one new file in this folder: subclass `BackboneConfig` and `Backbone`.
 Opening one never reaches for random weights or the network unless the options say so by name.
@@ -110,7 +110,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(n, P) float32 text features on `device`, not normalised; long texts keep their EOT token.
+        """(n, P) float32 text features on `device`, not normalised; long texts keep EOT.
 
         Raises:
             BackboneError: if the backbone has no text tower.

@@ -1,7 +1,7 @@
 """What a dataset must offer: a `kind`, its options, and a manifest.
 
-Adding a dataset is one new file in this folder: subclass `DatasetConfig`, give `kind` a Literal type
-and a default, and implement `manifest`.
+Adding a dataset is one new file in this folder: subclass `DatasetConfig`, give `kind` a Literal
+type and a default, and implement `manifest`.
 """
 
 from abc import abstractmethod

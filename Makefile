@@ -1,0 +1,51 @@
+# make demo     the main job: pretrain a small CLIP, extract a cache, train heads, show the results
+# make test     lint, types, import contracts, tests
+# make install  the set-up alone, into .venv
+# make bench    every benchmark; results in benchmarks/results
+# make clean    remove what the demo wrote (caches, runs, drawn images); keeps .venv
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test install lint format bench clean
+
+help:
+	@sed -n '1,6s/^# //p' Makefile
+
+install: $(STAMP)
+
+# A failed install leaves no stamp, so the next call continues it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about 3 minutes and 6 GB the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m flows.demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/mop.py
+
+clean:
+	rm -rf .demo runs cache/garden* data/garden* build

@@ -1,0 +1,206 @@
+"""Command line, YAML and records of the typed configurations."""
+
+from typing import Any, Literal
+
+import pytest
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from featcache.config import Config, one_of, run_job, union_of
+from featcache.errors import ConfigError, DatasetError
+
+
+class Part(Config):
+    """Base of the two kinds."""
+
+    kind: str
+
+
+class Line(Part):
+    """One line."""
+
+    kind: Literal["line"] = "line"
+    """Kind."""
+    bias: bool = True
+    """Add an offset."""
+    rates: tuple[PositiveFloat, ...] = (0.1,)
+    """Rates per step."""
+
+
+class Mix(Part):
+    """A mixture."""
+
+    kind: Literal["mix"] = "mix"
+    """Kind."""
+    experts: PositiveInt = 32
+    """Number of experts."""
+
+
+AnyPart: Any = union_of({"line": Line, "mix": Mix}, default="line")
+
+
+class Job(Config):
+    """Some job."""
+
+    cache: str
+    """Folder."""
+    head: AnyPart = Field(default=Line(), discriminator="kind")
+    """Which part."""
+    epochs: PositiveInt = 5
+    """Passes over the data."""
+    quick: bool = False
+    """Be quick."""
+
+
+def parse(*arguments: str) -> Job:
+    return Job.from_command_line(arguments)
+
+
+def test_flags_with_short_and_long_kind() -> None:
+    assert parse("--cache", "x", "--head", "mix", "--head.experts", "4").head == Mix(experts=4)
+    assert parse("--cache", "x", "--head=mix").head == Mix()
+    assert parse("--cache", "x", "--head.kind", "mix").head == Mix()
+
+
+def test_an_option_without_kind_belongs_to_the_default_kind() -> None:
+    assert parse("--cache", "x", "--head.rates", "0.5,2").head == Line(rates=(0.5, 2.0))
+    assert parse("--cache", "x", "--no-head.bias").head == Line(bias=False)
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Any) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("cache: from_file\nepochs: 7\nhead: {kind: mix, experts: 3}\n")
+    job = parse("--config", str(file), "--epochs", "9")
+    assert job == Job(cache="from_file", epochs=9, head=Mix(experts=3))
+    assert parse(f"--config={file}", "--head.experts", "8").head == Mix(experts=8)
+
+
+def test_another_kind_on_the_command_line_drops_the_files_options(tmp_path: Any) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("cache: c\nhead: {kind: mix, experts: 3}\n")
+    assert parse("--config", str(file), "--head", "line").head == Line()
+
+
+def test_yaml_round_trip_and_short_kind_in_yaml(tmp_path: Any) -> None:
+    job = Job(cache="c", head=Mix(experts=2), quick=True)
+    file = tmp_path / "job.yaml"
+    file.write_text(job.to_yaml())
+    assert Job.from_yaml(file) == job
+    file.write_text("cache: c\nhead: mix\n")
+    assert Job.from_yaml(file).head == Mix()
+    assert yaml.safe_load(job.to_yaml()) == job.record()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--head", "mix"), "cache: Field required"),
+        (("--cache", "x", "--epochs", "-1"), "epochs: Input should be greater than 0, found '-1'"),
+        (
+            ("--cache", "x", "--head.experts", "4"),
+            "head.experts: no such option of line, found '4'",
+        ),
+        (("--cache", "x", "--head", "moo"), "head: unknown kind 'moo'; known: 'mix', 'line'"),
+        (("--config", "absent.yaml"), "--config absent.yaml: no such file"),
+        (("--config",), "--config: expected a YAML file after it"),
+    ],
+)
+def test_each_mistake_is_one_line_with_its_dotted_path(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(*arguments)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_misspelt_key_in_the_file_is_named(tmp_path: Any) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("cache: c\nepoch: 3\n")
+    with pytest.raises(ConfigError, match="epoch: no such option"):
+        parse("--config", str(file))
+    file.write_text("- a\n")
+    with pytest.raises(ConfigError, match="expected `key: value` lines, found list"):
+        parse("--config", str(file))
+    file.write_text("cache: [\n")
+    with pytest.raises(ConfigError, match="not YAML"):
+        parse("--config", str(file))
+
+
+def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--cache", "x", "--epoch", "3")
+    assert caught.value.code == 2
+    assert "did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_help_shows_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for part in (
+        "Some job.",
+        "--config",
+        "--head.kind {mix,line}",
+        "Number of experts",
+        "default: 5",
+    ):
+        assert part.replace("{mix,line}", "") in text
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Job(cache="c").epochs = 3  # type: ignore[misc]
+
+
+def test_environment_variables_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPOCHS", "77")
+    monkeypatch.setenv("CACHE", "elsewhere")
+    assert parse("--cache", "x") == Job(cache="x")
+
+
+def test_exit_status_tells_bad_options_bad_input_and_bugs_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["job", "--cache", "x"])
+
+    def outcome(error: BaseException | None) -> int | str | None:
+        def body(job: Job) -> None:
+            if error is not None:
+                raise error
+
+        with pytest.raises(SystemExit) as caught:
+            run_job(Job, body)
+        return caught.value.code
+
+    assert outcome(None) == 0
+    assert outcome(DatasetError("photos: no images")) == 1
+    assert capsys.readouterr().err == "error: photos: no images\n"
+    assert outcome(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):
+        run_job(Job, lambda job: 1 / 0)
+    monkeypatch.setattr("sys.argv", ["job"])
+    assert outcome(None) == 2
+
+
+def test_two_files_with_one_kind_are_refused(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "twokinds"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "base.py").write_text(
+        "from featcache.config import Config\nclass Base(Config):\n    kind: str\n"
+    )
+    for name, kind in (("a", "one"), ("b", "two")):
+        (package / f"{name}.py").write_text(
+            "from typing import Literal\nfrom twokinds.base import Base\n"
+            f"class {name.upper()}(Base):\n    kind: Literal['{kind}'] = '{kind}'\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import twokinds.base  # type: ignore[import-not-found]
+
+    assert list(one_of("twokinds", [str(package)], twokinds.base.Base)) == ["one", "two"]
+    (package / "c.py").write_text((package / "a.py").read_text().replace("class A", "class C"))
+    with pytest.raises(TypeError, match=r"'one' is claimed by twokinds.a and twokinds.c"):
+        one_of("twokinds", [str(package)], twokinds.base.Base)

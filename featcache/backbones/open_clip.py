@@ -1,0 +1,407 @@
+"""CLIP-like encoders through open_clip: ViT, ModifiedResNet, CoCa, and timm towers (SigLIP, …).
+
+Weights come from exactly where the options say: a tag, a file, a folder, or `random`. Nothing here
+ever falls back to random weights.
+"""
+
+import difflib
+import io
+import json
+import logging
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from featcache.backbones.base import (
+    Backbone,
+    BackboneConfig,
+    BackboneSpec,
+    FeatureRequest,
+    PixelSpec,
+)
+from featcache.backbones.towers import open_tower, pair
+from featcache.errors import BackboneError
+from featcache.identity import BackboneIdentity, Precision, fingerprint
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+# What damaged, foreign or unreachable weights raise while open_clip loads them.
+_LOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    AssertionError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    SafetensorError,
+)
+
+
+class OpenClipConfig(BackboneConfig):
+    """Encoders of open_clip."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    model: str = "ViT-B-32"
+    """Architecture name (ViT-B-32, RN50, …), `local-dir:FOLDER` with open_clip_config.json and
+    weights, `hf-hub:ORG/REPO`, or an architecture's own JSON file."""
+    pretrained: str = ""
+    """Tag of the weights (laion2b_s34b_b79k, …), a weights file, or `random` / `random:SEED`; empty
+    for `local-dir:` and `hf-hub:`. A weights file does not carry its preprocessing: it gets
+    open_clip's default (CLIP mean and std, bicubic, shortest side); `local-dir:` has its own."""
+
+    def open(self, device: str = "cpu", precision: Precision = "fp32") -> "OpenClip":
+        """The encoder with its weights loaded, in evaluation mode, gradients off.
+
+        Raises:
+            BackboneError: unknown model or tag, no weights named, weights that cannot be fetched or
+                do not fit, or an activation that differs from the one the tag was trained with.
+        """
+        import open_clip
+
+        name, seed = self._checked()
+        source = name if ":" in self.model else self.model
+        architecture = open_clip.get_model_config(name)
+        with _quiet_root_logger(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed or 0)
+            try:
+                model = open_clip.create_model(
+                    name,
+                    pretrained=None if seed is not None else self.pretrained or None,
+                    load_weights=seed is None,
+                    require_pretrained=seed is None,
+                    pretrained_image=False,
+                    pretrained_text=False,
+                )
+                tokenizer = open_clip.get_tokenizer(name)
+            except _LOAD_ERRORS as error:
+                raise BackboneError(self._load_failure(error)) from None
+        model = model.eval().requires_grad_(False)
+        identity = BackboneIdentity(
+            kind="open_clip",
+            # A folder may be moved or renamed: its weights and architecture are hashed.
+            name="local-dir" if name.startswith("local-dir:") else Path(source).stem,
+            weights=weights_hash(model),
+            architecture=fingerprint(architecture),
+        )
+        return OpenClip(
+            model,
+            tokenizer,
+            identity,
+            int(architecture["embed_dim"]),
+            torch.device(device),
+            precision,
+        )
+
+    def _checked(self) -> tuple[str, int | None]:
+        """The name open_clip knows, and the seed of random weights or None."""
+        import open_clip
+
+        seed = _random_seed(self.pretrained)
+        if self.model.startswith("local-dir:"):
+            self._check_folder(Path(self.model.removeprefix("local-dir:")), seed)
+            return self.model, seed
+        if self.model.startswith("hf-hub:"):
+            if self.pretrained:
+                raise BackboneError(
+                    f"backbone.pretrained {self.pretrained!r} contradicts {self.model}, which has "
+                    "its own weights; leave backbone.pretrained empty"
+                )
+            return self.model, None
+        if self.model.endswith(".json"):
+            return self._check_pretrained(_add_architecture(Path(self.model)), seed)
+        name = self.model.replace("/", "-")
+        known = open_clip.list_models()
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise BackboneError(
+                f"backbone.model {self.model!r} is not known to open_clip; "
+                + (f"did you mean {', '.join(close)}?" if close else "see open_clip.list_models()")
+            )
+        return self._check_pretrained(name, seed)
+
+    def _check_folder(self, folder: Path, seed: int | None) -> None:
+        config = folder / "open_clip_config.json"
+        if not config.is_file():
+            found = "no such folder" if not folder.is_dir() else "no open_clip_config.json in it"
+            raise BackboneError(
+                f"backbone.model {self.model}: {found}; expected a folder with "
+                "open_clip_config.json and open_clip_model.safetensors"
+            )
+        values = _read_json(config)
+        if "model_cfg" not in values:
+            raise BackboneError(f"{config}: no `model_cfg` in it; is it from open_clip?")
+        if seed is not None:
+            return
+        if self.pretrained:
+            raise BackboneError(
+                f"backbone.pretrained {self.pretrained!r} contradicts {self.model}, which has its "
+                "own weights; leave backbone.pretrained empty"
+            )
+        if not any(file.suffix in {".safetensors", ".bin", ".pth"} for file in folder.iterdir()):
+            raise BackboneError(
+                f"backbone.model {self.model}: no weights in the folder; expected "
+                "open_clip_model.safetensors (or set backbone.pretrained random)"
+            )
+
+    def _check_pretrained(self, name: str, seed: int | None) -> tuple[str, int | None]:
+        import open_clip
+
+        if seed is not None:
+            return name, seed
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if not self.pretrained:
+            raise BackboneError(
+                f"backbone.pretrained is empty: {name} needs weights; give one of its tags "
+                f"({', '.join(tags) or 'it has none'}), a weights file, or `random`"
+            )
+        if open_clip.is_pretrained_cfg(name, self.pretrained):
+            trained = bool(open_clip.get_pretrained_cfg(name, self.pretrained).get("quick_gelu"))
+            built = bool(open_clip.get_model_config(name).get("quick_gelu", False))
+            if trained != built:
+                other = f"{name}-quickgelu" if trained else name.removesuffix("-quickgelu")
+                raise BackboneError(
+                    f"the weights {self.pretrained} of {name} were trained with "
+                    f"{'QuickGELU' if trained else 'GELU'}, the architecture has the other one; "
+                    f"set backbone.model {other}"
+                )
+        elif not Path(self.pretrained).is_file():
+            raise BackboneError(
+                f"backbone.pretrained {self.pretrained!r} is neither a file nor a tag of {name}; "
+                f"its tags: {', '.join(tags) or 'none'}"
+            )
+        return name, None
+
+    def _load_failure(self, error: BaseException) -> str:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 300 else reason[:300] + "…"
+        what = f"{self.model} {self.pretrained}".strip()
+        if Path(self.pretrained).is_file() or self.model.startswith("local-dir:"):
+            return f"weights of {what} do not load: {reason}"
+        if self.pretrained.startswith("random"):
+            return f"{what} cannot be built: {reason}"
+        return (
+            f"weights of {what} cannot be fetched or loaded: {reason}; on a machine without "
+            "network give a downloaded file as backbone.pretrained, or a folder as backbone.model "
+            "local-dir:FOLDER"
+        )
+
+
+class OpenClip(Backbone):
+    """An open_clip model as a frozen dual encoder.
+
+    Attributes:
+        model: the open_clip model, weights cast to `precision`.
+        tokenizer: its tokenizer; long texts are cut with the end token kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Callable[[list[str]], Tensor],
+        identity: BackboneIdentity,
+        embed_dim: int,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.device = device
+        self.precision = precision
+        self.tokenizer = tokenizer
+        self._tower = open_tower(model.visual)
+        pixels = _pixel_spec(model)
+        self.spec = BackboneSpec(
+            identity=identity,
+            pixels=pixels,
+            projected_dim=embed_dim,
+            pooled_dim=self._tower.pooled_dim,
+            token_grid=self._tower.token_grid,
+            token_dim=self._tower.token_dim,
+            num_layers=self._tower.num_layers,
+            logit_scale=math.exp(float(model.logit_scale.reshape(-1)[0])),
+            has_text=True,
+        )
+        self.model = _cast(model.to(device), DTYPES[precision])
+        self._mean = torch.tensor(pixels.mean, device=device)[:, None, None]
+        self._std = torch.tensor(pixels.std, device=device)[:, None, None]
+
+    def encode_image(self, pixels: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+        """Image features of a batch from one pass; see `Backbone.encode_image`.
+
+        Raises:
+            BackboneError: if the tower does not offer a requested feature.
+        """
+        self._check(request)
+        with torch.inference_mode():
+            x = pixels.to(self.device, non_blocking=True)
+            if x.dtype == torch.uint8:
+                x = x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+            # One memory layout, so that equal pixels give equal bytes.
+            x = x.to(DTYPES[self.precision]).contiguous()
+            features = self._tower(x, request)
+            if "tokens" in features:
+                features["tokens"] = self._pool_tokens(features["tokens"], request.token_pool)
+            features = {name: value.to(torch.float32) for name, value in features.items()}
+        return {name: value.clone() for name, value in features.items()}
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(n, P) float32 text features on `device`; see `Backbone.encode_text`."""
+        with torch.inference_mode():
+            tokens = self.tokenizer(list(texts)).to(self.device)
+            features: Tensor = self.model.encode_text(tokens, normalize=False)
+            features = features.to(torch.float32)
+        return features.clone()  # outside: an ordinary tensor, which autograd accepts
+
+    def reference_transform(self) -> Callable[[Any], Tensor]:
+        """open_clip's own evaluation transform."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        values = dict(self.model.visual.preprocess_cfg)
+        transform: Callable[[Any], Tensor] = image_transform_v2(
+            PreprocessCfg(**values), is_train=False
+        )
+        return transform
+
+    def _check(self, request: FeatureRequest) -> None:
+        name = self.spec.identity.name
+        if request.pooled and not self.spec.pooled_dim:
+            raise BackboneError(
+                f"{name} has no pooled feature before its projection; ask for `projected` only"
+            )
+        if not request.tokens:
+            return
+        if self.spec.token_grid is None:
+            raise BackboneError(f"{name} has no patch tokens; ask for `projected` or `pooled`")
+        layers = self.spec.num_layers
+        if request.token_layer != -1 and not 1 <= request.token_layer <= layers:
+            raise BackboneError(
+                f"token_layer {request.token_layer} does not exist in {name}; "
+                f"expected 1..{layers}, or -1 for the last"
+            )
+        if request.token_pool is not None and request.token_pool > min(self.spec.token_grid):
+            rows, columns = self.spec.token_grid
+            raise BackboneError(
+                f"tokens grid:{request.token_pool} is finer than the {rows}x{columns} patches "
+                f"of {name}"
+            )
+
+    def _pool_tokens(self, tokens: Tensor, side: int | None) -> Tensor:
+        if side is None:
+            return tokens
+        assert self.spec.token_grid is not None
+        rows, columns = self.spec.token_grid
+        grid = tokens.to(torch.float32).transpose(1, 2)
+        grid = grid.reshape(grid.shape[0], grid.shape[1], rows, columns)
+        return adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """XXH3-128 over the sorted state dict: names, types, shapes and bytes."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """Weights in `dtype`; batch norm's statistics stay float32, which its kernels accept."""
+    if dtype == torch.float32:
+        return model
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    return model
+
+
+def _pixel_spec(model: Any) -> PixelSpec:
+    values = model.visual.preprocess_cfg
+    bilinear = values["interpolation"] == "bilinear"
+    return PixelSpec(
+        size=pair(values["size"]),
+        mean=tuple(float(value) for value in values["mean"]),
+        std=tuple(float(value) for value in values["std"]),
+        interpolation="bilinear" if bilinear else "bicubic",
+        resize_mode=values["resize_mode"],
+        fill_color=int(values["fill_color"]),
+    )
+
+
+def _random_seed(pretrained: str) -> int | None:
+    if pretrained == "random":
+        return 0
+    prefix, _, seed = pretrained.partition(":")
+    if prefix != "random":
+        return None
+    if not seed.isdecimal():
+        raise BackboneError(
+            f"backbone.pretrained {pretrained!r}: expected `random` or `random:SEED`"
+        )
+    return int(seed)
+
+
+def _add_architecture(file: Path) -> str:
+    """Registers an architecture file under its own name."""
+    import open_clip
+
+    if not file.is_file():
+        raise BackboneError(f"backbone.model {file}: no such file")
+    values = _read_json(file)
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in values]
+    if missing:
+        raise BackboneError(f"{file}: no `{missing[0]}` in it; is it an open_clip architecture?")
+    if file.stem in open_clip.list_models():
+        if open_clip.get_model_config(file.stem) != values:
+            raise BackboneError(
+                f"{file}: open_clip already has another architecture named {file.stem!r}; rename "
+                "the file"
+            )
+        return file.stem
+    open_clip.add_model_config(file)
+    return file.stem
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.load(io.StringIO(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{file}: not JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise BackboneError(f"{file}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    """open_clip logs through the root logger, which would install a handler for everybody."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return "open_clip" not in record.pathname
+
+    root.addHandler(handler)
+    root.addFilter(foreign)
+    try:
+        yield
+    finally:
+        root.removeFilter(foreign)
+        root.removeHandler(handler)

@@ -1,0 +1,102 @@
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 64,
+        "layers": 2,
+        "head_width": 32,
+    },
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+    },
+}
+
+TINY_PIXELS = {
+    "size": 32,
+    "mode": "RGB",
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.3, 0.25, 0.2],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for `local-dir:` with a two-layer CLIP of 32-pixel images and fixed random weights."""
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("backbones") / "tiny_clip"
+    folder.mkdir()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20)
+        model = CLIP(**TINY_CLIP)
+        for name, parameter in model.named_parameters():
+            if ".ln_" in name or name.startswith("ln_"):  # random weights alone would leave 1 and 0
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": TINY_PIXELS}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def photo(height: int, width: int, seed: int) -> Image.Image:
+    """Smooth noise over several octaves: compresses and resizes like a photograph."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3), np.float32)
+    for side in (2, 5, 17):
+        grid = generator.normal(size=(side, side, 3)).astype(np.float32)
+        for channel in range(3):
+            layer = Image.fromarray(grid[:, :, channel])
+            total[:, :, channel] += np.asarray(
+                layer.resize((width, height), Image.Resampling.BICUBIC)
+            )
+    total += 0.05 * generator.normal(size=total.shape)
+    return Image.fromarray(np.clip(128 + 50 * total, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def make_photo() -> Callable[[int, int, int], Image.Image]:
+    """`make_photo(height, width, seed)`: an RGB image with a photograph's statistics."""
+    return photo
+
+
+@pytest.fixture(scope="session")
+def make_jpeg() -> Callable[[int, int, int], bytes]:
+    """`make_jpeg(height, width, seed)`: a JPEG file's bytes."""
+
+    def make(height: int, width: int, seed: int) -> bytes:
+        stream = io.BytesIO()
+        photo(height, width, seed).save(stream, "JPEG", quality=90)
+        return stream.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path, make_jpeg: Callable[[int, int, int], bytes]) -> Path:
+    """Folder dataset: train (10) and val (4) JPEGs of two classes, `split/class/name.jpg`."""
+    root = tmp_path / "images"
+    for number in range(14):
+        split = "train" if number < 10 else "val"
+        file = root / split / ("cat", "dog")[number % 2] / f"{number:02d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(make_jpeg(40 + number, 60 - number, number))
+    return root

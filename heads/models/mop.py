@@ -1,0 +1,325 @@
+"""Mixture of prompts: K trained sub-prompts a class around its text feature; the best one scores.
+
+Reference: systems "Mixture-of-Prompts CLIP" for fine-grained classes. Departures: offsets never
+start at zero (all prompts of a class would stay one), the text features live on the head's device,
+and neither scoring nor the loss holds B x C x K cosines.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import pandas as pd
+import torch
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featcache.errors import ConfigError
+from heads.base import FeatureSpec, Head, HeadConfig, OptimDefaults
+from heads.losses.mixture_of_prompts import (
+    Method,
+    PenaltyReduction,
+    max_cosines,
+    mixture_of_prompts_loss,
+)
+from heads.losses.prompt_collapse import prompt_collapse_terms
+
+logger = logging.getLogger(__name__)
+
+Preset = Literal["default", "seed"]
+
+_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {
+        "scale": 100.0,
+        "classification_temperature": 1.0,
+        "mixture_weight": 0.5,
+        "offset_penalty": 0.001,
+        "penalty_reduction": "sum_per_prompt",
+    },
+    "seed": {
+        "scale": 50.0,
+        "classification_temperature": 0.07,
+        "mixture_weight": 0.5,
+        "offset_penalty": 0.001,
+        "penalty_reduction": "mean",
+    },
+}
+_INIT_STD = {"semantic": 0.01, "small_noise": 0.001}
+# Above this product a cosine lead of 0.05, common between sibling species, already is 10 nats.
+_SATURATING = 200.0
+
+
+class MopConfig(HeadConfig):
+    """K trained sub-prompts a class around its text feature."""
+
+    needs: ClassVar[tuple[str, ...]] = ("image/projected",)
+    needs_prompts: ClassVar[bool] = True
+    optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
+        lr=5e-4, weight_decay=0.0, epochs=30, batch_size=4096
+    )
+
+    kind: Literal["mop"] = "mop"
+    """Head kind."""
+    preset: Preset = "default"
+    """Values of the fields that are not given: `default` is this project's choice, `seed` the
+    original system's (scale 50, temperature 0.07, mean penalty)."""
+    num_prompts: PositiveInt = 32
+    """Sub-prompts a class (K)."""
+    scale: PositiveFloat = 100.0
+    """What cosines are multiplied by (κ), > 0."""
+    classification_temperature: PositiveFloat = 1.0
+    """What scaled cosines are divided by inside the classification loss (T_cls), > 0."""
+    mixture_weight: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the mixture loss (λ), 0..1; the classification loss has the rest."""
+    offset_penalty: NonNegativeFloat = 0.001
+    """Weight of the squared offsets, >= 0."""
+    penalty_reduction: PenaltyReduction = "sum_per_prompt"
+    """`sum_per_prompt`: squared length of an offset, averaged over prompts; `mean`: averaged over
+    all entries, so that each prompt is held less the more classes there are."""
+    assignment: Literal["soft", "hard"] = "soft"
+    """How rows are shared among their class's prompts in the mixture loss."""
+    tau_start: PositiveFloat = 1.0
+    """Assignment temperature (τ) at the first step, > 0."""
+    tau_end: PositiveFloat = 0.05
+    """Assignment temperature at the last step, > 0; lower is sharper."""
+    anneal_tau: bool = True
+    """Go from tau_start to tau_end, linearly in the steps; otherwise stay at tau_start."""
+    init: Literal["semantic", "small_noise"] = "semantic"
+    """First offsets: normal with standard deviation 0.01, or 0.001."""
+    init_std: PositiveFloat | None = None
+    """Standard deviation of the first offsets, > 0; unset: what `init` says."""
+    diversity_weight: NonNegativeFloat = 0.0
+    """Weight of the squared cosines between prompts of one class, >= 0."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of the negative entropy of prompt usage within a class, >= 0."""
+    min_usage_weight: NonNegativeFloat = 0.0
+    """Weight of the shortfall of each prompt's usage below min_usage, >= 0."""
+    min_usage: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of a class's rows that each prompt should get, 0..1/num_prompts."""
+    templates: str | list[str] | None = None
+    """Prompt templates: a set's name or format strings over the class table's columns; unset:
+    chosen by the dataset."""
+    method: Method = "auto"
+    """How the loss is computed; `auto` fits the machine and the temperatures."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        """Puts the preset's values where none is given, so that the record shows what was used."""
+        if not isinstance(values, Mapping):
+            return values
+        return {**_PRESETS.get(str(values.get("preset", "default")), {}), **values}
+
+    @model_validator(mode="after")
+    def _possible_usage(self) -> Self:
+        if self.min_usage_weight > 0.0 and self.min_usage * self.num_prompts > 1.0:
+            raise ValueError(
+                f"min_usage {self.min_usage:g} for each of num_prompts {self.num_prompts} is more "
+                f"than all rows; set min_usage to at most {1.0 / self.num_prompts:g}"
+            )
+        return self
+
+    def template_names(self, classes: pd.DataFrame, kind: str) -> list[str]:
+        """The templates asked for, or the set that fits the dataset.
+
+        Raises:
+            ConfigError: if `templates` names no known set.
+        """
+        from featcache.prompts import TEMPLATES, choose
+
+        if isinstance(self.templates, list):
+            return list(self.templates)
+        name = self.templates or choose(kind, list(classes.columns))
+        if name not in TEMPLATES:
+            raise ConfigError(
+                f"head.templates: no set of templates is called {name!r}; "
+                f"expected one of {', '.join(sorted(TEMPLATES))}, or a list of templates"
+            )
+        return list(TEMPLATES[name])
+
+    def build(self, spec: FeatureSpec) -> "Mop":
+        """The head around the class text features of `spec`.
+
+        Raises:
+            ConfigError: for a multi-label task.
+            ValueError: if `spec` has no class text features.
+        """
+        if spec.task != "single_label":
+            raise ConfigError(
+                f"head mop: the cache's task is {spec.task}, expected single_label; "
+                "choose another head"
+            )
+        if spec.prompts is None:
+            raise ValueError("head mop needs class text features in FeatureSpec.prompts")
+        product = self.scale / self.classification_temperature
+        if product > _SATURATING:
+            logger.warning(
+                "head mop: scale %g / classification_temperature %g multiplies cosines by %.0f, so "
+                "the classification loss saturates; raise the temperature, or use preset=default",
+                self.scale,
+                self.classification_temperature,
+                product,
+            )
+        return Mop(
+            base_prompts(spec.prompts),
+            num_prompts=self.num_prompts,
+            scale=self.scale,
+            classification_temperature=self.classification_temperature,
+            mixture_weight=self.mixture_weight,
+            offset_penalty=self.offset_penalty,
+            penalty_reduction=self.penalty_reduction,
+            hard=self.assignment == "hard",
+            tau_start=self.tau_start,
+            tau_end=self.tau_end if self.anneal_tau else self.tau_start,
+            init_std=self.init_std or _INIT_STD[self.init],
+            diversity_weight=self.diversity_weight,
+            entropy_weight=self.entropy_weight,
+            min_usage_weight=self.min_usage_weight,
+            min_usage=self.min_usage,
+            method=self.method,
+        )
+
+
+def base_prompts(prompts: Tensor) -> Tensor:
+    """(C, D) unit text feature of each class: templates normalised, averaged, normalised again.
+
+    Args:
+        prompts: (T, C, D) float32 per-template text features of any length.
+    """
+    return F.normalize(F.normalize(prompts, dim=-1, eps=1e-6).mean(dim=0), dim=-1, eps=1e-6)
+
+
+class Mop(Head):
+    """Scores a class by the best of its K prompts, norm(base + offset); only offsets train.
+
+    Args:
+        base: (C, D) float32 of unit length, kept as a buffer.
+        num_prompts: K; scale: κ; the rest as in `MopConfig` and `mixture_of_prompts_loss`.
+    """
+
+    base: Tensor
+
+    def __init__(
+        self,
+        base: Tensor,
+        num_prompts: int = 32,
+        scale: float = 100.0,
+        classification_temperature: float = 1.0,
+        mixture_weight: float = 0.5,
+        offset_penalty: float = 0.001,
+        penalty_reduction: PenaltyReduction = "sum_per_prompt",
+        hard: bool = False,
+        tau_start: float = 1.0,
+        tau_end: float = 0.05,
+        init_std: float = 0.01,
+        diversity_weight: float = 0.0,
+        entropy_weight: float = 0.0,
+        min_usage_weight: float = 0.0,
+        min_usage: float = 0.05,
+        method: Method = "auto",
+    ) -> None:
+        super().__init__()
+        num_classes, dim = base.shape
+        self.register_buffer("base", base.detach().clone().float())
+        self.offsets = nn.Parameter(torch.randn(num_classes, num_prompts, dim).mul_(init_std))
+        self.scale = scale
+        self.classification_temperature = classification_temperature
+        self.mixture_weight = mixture_weight
+        self.offset_penalty = offset_penalty
+        self.penalty_reduction: PenaltyReduction = penalty_reduction
+        self.hard = hard
+        self.tau_start, self.tau_end = tau_start, tau_end
+        self.diversity_weight = diversity_weight
+        self.entropy_weight = entropy_weight
+        self.min_usage_weight, self.min_usage = min_usage_weight, min_usage
+        self.method: Method = method
+
+    def tau(self, progress: float) -> float:
+        """Assignment temperature after the share `progress` (0..1) of all steps."""
+        return self.tau_end + (self.tau_start - self.tau_end) * (1.0 - min(1.0, progress))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """κ times the cosine with the best prompt of each class.
+
+        A softmax of these logits, at temperature 1, gives the probabilities reported; the
+        classification temperature sharpens the training loss only.
+
+        Args:
+            features: (B, D) float32, as stored.
+
+        Returns:
+            (B, C) float32 in -κ..κ, computed in class chunks, never B x C x K at once.
+        """
+        return self.scale * max_cosines(_unit(features), self.base, self.offsets)
+
+    def loss(self, features: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
+        """Mixture, classification and offset losses, and the anti-collapse terms that have weight.
+
+        Args:
+            features: (B, D) float32, as stored.
+            targets: (B,) int64 class indices.
+            progress: share of all optimiser steps already taken, 0..1; τ follows it.
+        """
+        unit = _unit(features)
+        tau = self.tau(progress)
+        parts = mixture_of_prompts_loss(
+            unit,
+            self.base,
+            self.offsets,
+            targets,
+            scale=self.scale,
+            tau=tau,
+            classification_temperature=self.classification_temperature,
+            mixture_weight=self.mixture_weight,
+            offset_penalty=self.offset_penalty,
+            penalty_reduction=self.penalty_reduction,
+            hard=self.hard,
+            method=self.method,
+        )
+        result = {
+            "loss": parts.loss,
+            "loss_mixture": parts.mixture,
+            "loss_cls": parts.classification,
+            "loss_reg": parts.penalty,
+            "tau": parts.loss.new_tensor(tau),
+        }
+        weights = (self.diversity_weight, self.entropy_weight, self.min_usage_weight)
+        if not any(weights):
+            return result
+        terms = prompt_collapse_terms(
+            unit,
+            self.base,
+            self.offsets,
+            targets,
+            scale=self.scale,
+            tau=tau,
+            usage_threshold=self.min_usage,
+        )
+        for weight, name, term in zip(weights, terms._fields, terms, strict=True):
+            if weight > 0.0:
+                result["loss"] = result["loss"] + weight * term
+                result[f"loss_{name}"] = term.detach()
+        return result
+
+    @torch.no_grad()
+    def assignments(self, features: Tensor, class_index: int, temperature: float) -> Tensor:
+        """(n, K) share γ of each prompt of one class in each row, summing to 1 over prompts.
+
+        Args:
+            features: (n, D) float32, as stored.
+            class_index: class whose prompts are compared, 0..C-1.
+            temperature: τ > 0; about 5 shows a graded picture, the trained end value is one-hot.
+        """
+        prompts = F.normalize(self.base[class_index] + self.offsets[class_index], dim=-1)
+        return torch.softmax(self.scale * (_unit(features) @ prompts.t()) / temperature, dim=1)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1, eps=1e-6)

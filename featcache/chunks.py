@@ -1,0 +1,270 @@
+"""Chunk files of a Zarr v3 array on a local disk: where they lie, how they are written and checked.
+
+An uncompressed whole-row chunk is the rows' bytes; the crc32c codec adds 4 bytes at the end. So a
+chunk can be written with one `write`, checked without decoding, and read by mapping the file.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from featcache.config import canonical_json
+from featcache.errors import CacheCorruptError, CacheError
+from featcache.identity import fingerprint
+
+CHECKSUM_BYTES = 4
+PARTIAL = ".partial"
+SEAL = "featcache_checksum"
+"""Attribute of every `zarr.json`: hash over its place in the store and everything else in it."""
+
+Content = bytes | npt.NDArray[np.uint8]
+
+_FIXED_DTYPES = ("bool", "uint8", "uint64", "int32", "int64", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class ArrayFiles:
+    """An array's metadata and the names of its chunk files.
+
+    Attributes:
+        folder: the array's folder, holding `zarr.json` and `c/`.
+        shape: (rows, ...).
+        dtype: little-endian type; None for strings.
+        chunk_rows: rows of a chunk; the last chunk is filled up.
+        checksummed: whether chunk files end with a crc32c.
+        raw: whether a chunk file is the rows' bytes (and the crc32c) and nothing else.
+        attributes: the array's own attributes.
+    """
+
+    folder: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] | None
+    chunk_rows: int
+    checksummed: bool
+    raw: bool
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> "ArrayFiles":
+        """The array `name` of the store at `root`.
+
+        Raises:
+            CacheError: if there is no such array.
+            CacheCorruptError: if its metadata are damaged.
+        """
+        folder = root / name
+        document = read_sealed(root, name)
+        if document.get("node_type") != "array":
+            raise CacheError(f"{folder}: expected an array, found a {document.get('node_type')}")
+        shape = tuple(document["shape"])
+        chunk_shape = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
+        codecs = [codec["name"] for codec in document["codecs"]]
+        big = any(c.get("configuration", {}).get("endian") == "big" for c in document["codecs"])
+        known = document["data_type"] in _FIXED_DTYPES
+        return cls(
+            folder=folder,
+            shape=shape,
+            dtype=np.dtype(document["data_type"]) if known else None,
+            chunk_rows=chunk_shape[0],
+            checksummed=codecs[-1] == "crc32c",
+            raw=known
+            and not big
+            and codecs in (["bytes"], ["bytes", "crc32c"])
+            and chunk_shape[1:] == shape[1:]
+            and document["chunk_key_encoding"]
+            in ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}),
+            attributes={k: v for k, v in document["attributes"].items() if k != SEAL},
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunk files of the whole array."""
+        return 0 if 0 in self.shape else -(-self.shape[0] // self.chunk_rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        assert self.dtype is not None
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of a chunk without its checksum; the last chunk is as long as the others."""
+        return self.row_bytes * self.chunk_rows
+
+    def file(self, chunk: int) -> Path:
+        """Chunk file number `chunk`."""
+        return self.folder.joinpath("c", str(chunk), *["0"] * (len(self.shape) - 1))
+
+    def chunks_of(self, start: int, stop: int) -> range:
+        """Numbers of the chunks that hold the rows [start, stop)."""
+        return range(start // self.chunk_rows, -(-stop // self.chunk_rows))
+
+    def write(self, start: int, data: npt.NDArray[Any], fill: object) -> None:
+        """Writes whole chunks: each file is complete on disk, or not there at all.
+
+        Args:
+            start: first row, a multiple of `chunk_rows`.
+            data: (n, ...) rows; ends at a chunk boundary or at the end of the array.
+            fill: what the last chunk is filled up with.
+        """
+        stop = start + len(data)
+        assert self.raw, f"{self.folder} is not made of raw chunks"
+        assert self.dtype is not None
+        if data.dtype != self.dtype or data.shape[1:] != self.shape[1:]:
+            raise ValueError(
+                f"{self.folder}: rows of {data.dtype}{data.shape[1:]}, "
+                f"expected {self.dtype}{self.shape[1:]}"
+            )
+        at_end = stop == self.shape[0]
+        if start % self.chunk_rows or not (at_end or stop % self.chunk_rows == 0) or start >= stop:
+            raise ValueError(
+                f"{self.folder}: rows {start}..{stop} are not whole chunks of {self.chunk_rows} "
+                f"rows of an array of {self.shape[0]}"
+            )
+        data = np.ascontiguousarray(data)
+        for chunk in self.chunks_of(start, stop):
+            first = chunk * self.chunk_rows - start
+            block = data[first : first + self.chunk_rows]
+            if len(block) < self.chunk_rows:
+                padded = np.full((self.chunk_rows, *self.shape[1:]), fill, self.dtype)
+                padded[: len(block)] = block
+                block = padded
+            write_chunk(self.file(chunk), block.reshape(-1).view(np.uint8), self.checksummed)
+
+    def problem(self, chunk: int) -> str | None:
+        """What is wrong with a chunk file, with its name; None if nothing is."""
+        file = self.file(chunk)
+        try:
+            size = file.stat().st_size
+        except FileNotFoundError:
+            return f"{file}: missing"
+        extra = CHECKSUM_BYTES if self.checksummed else 0
+        if self.raw and size != self.data_bytes + extra:
+            return f"{file}: {size} bytes, expected {self.data_bytes + extra}"
+        if not self.checksummed:
+            return None
+        if size < CHECKSUM_BYTES:
+            return f"{file}: {size} bytes, too short for a checksum"
+        return None if checksum_holds(file) else f"{file}: checksum does not match the bytes"
+
+    def require(self, chunks: range, progress: Callable[[int], None] | None = None) -> None:
+        """Checks chunk files one after the other.
+
+        Args:
+            chunks: numbers of the chunks.
+            progress: called with the bytes of each chunk that was checked.
+
+        Raises:
+            CacheCorruptError: naming the first bad file.
+        """
+        for chunk in chunks:
+            problem = self.problem(chunk)
+            if problem is not None:
+                raise CacheCorruptError(
+                    f"{problem}; extract its shard again or restore the file from a copy"
+                )
+            if progress is not None:
+                progress(self.file(chunk).stat().st_size)
+
+
+def checksum_holds(file: Path) -> bool:
+    """Whether the last 4 bytes of a file are the crc32c of those before them."""
+    content = np.memmap(file, np.uint8, mode="r")
+    stored = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little")
+    return bool(google_crc32c.value(content[:-CHECKSUM_BYTES]) == stored)
+
+
+def write_chunk(file: Path, content: Content, checksummed: bool) -> None:
+    """Writes one chunk file atomically, with its crc32c behind it when `checksummed`."""
+    parts = [content]
+    if checksummed:
+        parts.append(google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little"))
+    make_folder(file.parent)
+    write_file(file, *parts)
+
+
+def write_file(file: Path, *parts: Content) -> None:
+    """Writes a file so that after a crash either the old or the whole new one is there.
+
+    Raises:
+        CacheError: if the disk is full or refuses the write.
+    """
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        with partial.open("wb") as stream:
+            for part in parts:
+                stream.write(part if isinstance(part, bytes) else part.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+        sync_folder(file.parent)
+    except OSError as error:
+        raise CacheError(
+            f"{file}: {error.strerror}; what is written stays, the same command resumes"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder and its parents so that they survive a power cut."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's entries on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sealed(name: str, document: Mapping[str, Any]) -> bytes:
+    """A `zarr.json` as bytes, with the hash over its place and content among its attributes."""
+    attributes = {k: v for k, v in document.get("attributes", {}).items() if k != SEAL}
+    bare = {**document, "attributes": attributes}
+    attributes = {**attributes, SEAL: fingerprint([name, bare])}
+    return json.dumps(
+        {**bare, "attributes": attributes}, indent=2, ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def read_sealed(root: Path, name: str) -> dict[str, Any]:
+    """The `zarr.json` of a group or array, its seal checked.
+
+    Raises:
+        CacheError: if there is none.
+        CacheCorruptError: if a single byte differs from what was written.
+    """
+    file = root / name / "zarr.json"
+    try:
+        raw = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(f"{file.parent}: no such array in this cache (no zarr.json)") from None
+    try:
+        document = json.loads(raw)
+        canonical_json(document)
+        intact = isinstance(document, dict) and sealed(name, document) == raw
+    except (ValueError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise CacheCorruptError(
+            f"{file}: changed since it was written; restore it from a copy or extract anew"
+        )
+    return dict(document)

@@ -1,0 +1,191 @@
+"""Dual encoders from scratch: which architecture, how to build it, how to save it for open_clip.
+
+An architecture is a name that open_clip knows (`RN50`, `ViT-B-32`), one of the small `PRESETS`, or
+the path of a JSON file with `embed_dim`, `vision_cfg` and `text_cfg`. What is saved is open_clip's
+`local-dir` format: `open_clip_config.json` and `open_clip_model.safetensors`.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from featcache.backbones.base import PixelSpec
+from featcache.errors import ConfigError
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts to (n, context length) int64 token ids; longer texts are cut and keep their end token."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo-rn": {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "image_size": 64,
+            "layers": [1, 1, 1, 1],
+            "width": 24,
+            "head_width": 64,
+            "patch_size": None,
+        },
+        "text_cfg": {
+            "context_length": 32,
+            "vocab_size": 49408,
+            "width": 128,
+            "heads": 2,
+            "layers": 2,
+        },
+    },
+    "demo-vit": {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "image_size": 64,
+            "layers": 4,
+            "width": 192,
+            "head_width": 64,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 32,
+            "vocab_size": 49408,
+            "width": 128,
+            "heads": 2,
+            "layers": 2,
+        },
+    },
+}
+"""Towers for 64 × 64 pixel images that learn within a minute or two on two CPU cores."""
+
+
+def model_config(
+    architecture: str, image_size: int | None = None, context_length: int | None = None
+) -> dict[str, Any]:
+    """The open_clip model configuration behind a name or file.
+
+    Args:
+        architecture: preset, open_clip name, or path ending in `.json`.
+        image_size: pixels; overrides the configuration's.
+        context_length: tokens; overrides the configuration's.
+
+    Raises:
+        ConfigError: unknown name, unreadable file, or an architecture that needs what is not
+            offered here (a tokenizer from the hub, a captioning decoder).
+    """
+    if architecture.endswith(".json"):
+        config = _read_json(Path(architecture))
+    elif architecture in PRESETS:
+        config = copy.deepcopy(PRESETS[architecture])
+    else:
+        found: dict[str, Any] | None = open_clip.get_model_config(architecture.replace("/", "-"))
+        if found is None:
+            raise ConfigError(
+                f"architecture: {architecture!r} is neither a preset ({', '.join(PRESETS)}), an "
+                "open_clip name (python -c 'import open_clip; print(open_clip.list_models())') "
+                "nor a .json file"
+            )
+        config = found
+    text = config["text_cfg"]
+    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise ConfigError(
+            f"architecture: {architecture} takes its text tower or tokenizer from a model hub; "
+            "pretraining knows architectures with CLIP's own tokenizer (RN50, ViT-B-32, …)"
+        )
+    if "multimodal_cfg" in config:
+        raise ConfigError(
+            f"architecture: {architecture} has a captioning decoder, which InfoNCE does not train; "
+            "choose a dual encoder (RN50, ViT-B-32, …)"
+        )
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
+    if context_length is not None:
+        text["context_length"] = context_length
+    return config
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The model with open_clip's own initialisation, from torch's global random generator.
+
+    Args:
+        config: what `model_config` returned; not changed.
+
+    Raises:
+        ConfigError: if open_clip refuses the configuration.
+    """
+    arguments = copy.deepcopy(config)
+    custom_text = arguments.pop("custom_text", False)
+    model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    try:
+        model: nn.Module = model_class(**arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"architecture: open_clip cannot build it: {reason}") from None
+    return model
+
+
+def tokenizer(config: dict[str, Any]) -> Tokenizer:
+    """CLIP's byte-pair tokenizer at the architecture's context length."""
+    text = config["text_cfg"]
+    length = text.get("context_length", 77)
+    made: Tokenizer = open_clip.SimpleTokenizer(
+        context_length=length, **text.get("tokenizer_kwargs", {})
+    )
+    return made
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels that the image tower takes."""
+    size = model.visual.image_size  # type: ignore[union-attr]
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))  # type: ignore
+
+
+def save_local_dir(
+    folder: Path, model: nn.Module, config: dict[str, Any], pixels: PixelSpec
+) -> None:
+    """Writes what `open_clip.create_model_from_pretrained("local-dir:FOLDER")` opens.
+
+    Args:
+        folder: existing folder.
+        model: built from `config`.
+        config: open_clip model configuration.
+        pixels: preprocessing that the model was trained with.
+    """
+    preprocess = {
+        "size": list(pixels.size),
+        "mode": "RGB",
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "interpolation": pixels.interpolation,
+        "resize_mode": pixels.resize_mode,
+        "fill_color": pixels.fill_color,
+    }
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
+    (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
+    state = {
+        name: tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    # Not save_file: it leaves a file that only its owner may read, whatever the umask.
+    (folder / "open_clip_model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"architecture: {file}: no such file")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"architecture: {file}: not JSON ({error})") from None
+    if isinstance(config, dict):
+        config = config.get("model_cfg", config)
+    missing = [
+        name
+        for name in ("embed_dim", "vision_cfg", "text_cfg")
+        if not isinstance(config, dict) or name not in config
+    ]
+    if missing:
+        raise ConfigError(f"architecture: {file}: no {', '.join(missing)}; see open_clip's configs")
+    return dict(config)

@@ -1,0 +1,213 @@
+"""How good a dual encoder is: zero-shot top-1, and retrieval between images and captions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featcache.backbones.base import PixelSpec
+from featcache.errors import ConfigError
+from featcache.manifest import Manifest
+from finetune.architectures import Tokenizer
+from finetune.data import ImagesConfig, ImageStore, Pairs, normalize, pairs_of
+from finetune.text import TokenTable, UsedVocabulary, encode_text
+
+ROWS_AT_A_TIME = 1024
+"""Rows whose similarities are held at once."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A split that is only looked at, ready to be measured as often as wanted.
+
+    Attributes:
+        pairs: its rows with captions.
+        images: their pixels at the tower's own size.
+        texts: the captions' tokens.
+        prompts: one prompt a class.
+        spec: preprocessing of the tower.
+        device: where the model lives.
+        batch_size: images or texts encoded at a time.
+    """
+
+    pairs: Pairs
+    images: ImageStore
+    texts: TokenTable
+    prompts: TokenTable
+    spec: PixelSpec
+    device: torch.device
+    batch_size: int
+
+    @classmethod
+    def open(
+        cls,
+        manifest: Manifest,
+        split: str,
+        template: str,
+        tokenizer: Tokenizer,
+        spec: PixelSpec,
+        options: ImagesConfig,
+        device: torch.device,
+        batch_size: int = 256,
+    ) -> "Validation":
+        """The split of a dataset with the class prompts made from `template`."""
+        prompts = TokenTable.of(class_prompts(manifest.classes, template), tokenizer)
+        pairs = pairs_of(manifest, split)
+        texts = TokenTable.of(pairs.texts, tokenizer)
+        images = ImageStore(pairs.files, spec, "fast", options)
+        return cls(pairs, images, texts, prompts, spec, device, batch_size)
+
+    def compact(self, vocabulary: UsedVocabulary) -> "Validation":
+        """The same split for a model whose embedding is cut to `vocabulary`."""
+        texts, prompts = vocabulary.compact(self.texts), vocabulary.compact(self.prompts)
+        return replace(self, texts=texts, prompts=prompts)
+
+    @torch.inference_mode()
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Metrics of a model in float32, put into evaluation mode and back.
+
+        Returns:
+            `zero_shot_top1` and `chance` if the split has classes, and the recalls of
+            `retrieval_recall`, all shares in 0..1.
+        """
+        was_training = model.training
+        model.eval()
+        readable: list[npt.NDArray[np.int64]] = []
+
+        def encode_images(which: npt.NDArray[np.int64]) -> Tensor:
+            pixels, kept = self.images.take(which)
+            readable.append(kept)
+            pixels = normalize(pixels.to(self.device), self.spec.mean, self.spec.std)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            return cast(Tensor, model.encode_image(pixels))  # type: ignore[operator]
+
+        def encode_texts(table: TokenTable) -> Tensor:
+            def encoder(which: npt.NDArray[np.int64]) -> Tensor:
+                return encode_text(model, table.rows(which).to(self.device))
+
+            return encode(encoder, len(table.lengths), self.batch_size)
+
+        images = encode(encode_images, len(self.pairs), self.batch_size)
+        rows = np.concatenate(readable)
+        metrics: dict[str, float] = {}
+        labels = self.pairs.labels[rows]
+        if (labels >= 0).any():
+            prompts = encode_texts(self.prompts)
+            metrics["zero_shot_top1"] = zero_shot_top1(images, prompts, labels)
+            metrics["chance"] = 1.0 / len(prompts)
+        offsets, texts = self.pairs.captions_of(rows)
+        metrics |= retrieval_recall(images, encode_texts(self.texts), offsets, texts)
+        model.train(was_training)
+        return metrics
+
+
+def class_prompts(classes: pd.DataFrame, template: str) -> list[str]:
+    """C prompts: `template` filled in with each row of the class table.
+
+    Raises:
+        ConfigError: if the template names a column that the class table lacks.
+    """
+    try:
+        return [
+            template.format(**{str(k): v for k, v in row.items()})
+            for row in classes.to_dict("records")
+        ]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f"prompt: {template!r} cannot be filled in ({error!r}); the class table has the "
+            f"columns {', '.join(map(str, classes.columns))}"
+        ) from None
+
+
+@torch.inference_mode()
+def encode(
+    encoder: Callable[[npt.NDArray[np.int64]], Tensor], count: int, batch_size: int
+) -> Tensor:
+    """(count, P) float32 L2-normalised features of items 0..count-1, encoded batch by batch.
+
+    Args:
+        encoder: (n,) indices to (n, P) features.
+        count: number of items.
+        batch_size: items per call.
+    """
+    parts = [
+        F.normalize(encoder(np.arange(start, min(start + batch_size, count))).float(), dim=-1)
+        for start in range(0, count, batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def zero_shot_top1(
+    image_features: Tensor, class_features: Tensor, labels: npt.NDArray[np.int64]
+) -> float:
+    """Share of labelled images whose nearest class prompt is their own; ties go to the lower index.
+
+    Args:
+        image_features: (n, P) normalised.
+        class_features: (C, P) normalised.
+        labels: (n,) class index, -1 = not counted.
+    """
+    nearest = (image_features @ class_features.T).argmax(dim=1).cpu().numpy()
+    counted = labels >= 0
+    return float((nearest[counted] == labels[counted]).mean())
+
+
+def retrieval_recall(
+    image_features: Tensor,
+    text_features: Tensor,
+    offsets: npt.NDArray[np.int64],
+    text_ids: npt.NDArray[np.int64],
+    ks: tuple[int, ...] = (1, 5),
+) -> dict[str, float]:
+    """Recall at k both ways over distinct texts; ties count against the model.
+
+    Image to text: a hit if any of the image's own texts is among the k most similar.
+    Text to image: a hit if any image that owns the text is among the k most similar.
+
+    Args:
+        image_features: (n, P) normalised.
+        text_features: (U, P) normalised, distinct texts.
+        offsets: (n+1,) start of each image's texts in `text_ids`.
+        text_ids: (m,) texts as row indices of `text_features`.
+        ks: ranks asked for.
+
+    Returns:
+        `image_to_text_recall_at_K` and `text_to_image_recall_at_K`, shares in 0..1.
+    """
+    images = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    result = {}
+    for name, queries, candidates, pairs in (
+        ("image_to_text", image_features, text_features, (images, text_ids)),
+        ("text_to_image", text_features, image_features, (text_ids, images)),
+    ):
+        ranks = _ranks(queries, candidates, *pairs)
+        for k in ks:
+            result[f"{name}_recall_at_{k}"] = float((ranks < k).mean())
+    return result
+
+
+def _ranks(
+    queries: Tensor,
+    candidates: Tensor,
+    query_ids: npt.NDArray[np.int64],
+    candidate_ids: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Per query the number of foreign candidates at least as similar as its best own one."""
+    ranks = np.empty(len(queries), np.int64)
+    for start in range(0, len(queries), ROWS_AT_A_TIME):
+        stop = min(start + ROWS_AT_A_TIME, len(queries))
+        scores = queries[start:stop] @ candidates.T
+        inside = (query_ids >= start) & (query_ids < stop)
+        rows = torch.from_numpy(query_ids[inside] - start).to(scores.device)
+        columns = torch.from_numpy(candidate_ids[inside]).to(scores.device)
+        own = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        own[rows, columns] = True
+        best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
+        ranks[start:stop] = ((scores >= best) & ~own).sum(dim=1).cpu().numpy()
+    return ranks

@@ -1,0 +1,61 @@
+"""Who decays, and the learning rate of every step."""
+
+import itertools
+import math
+
+import open_clip
+import pytest
+import torch
+
+from finetune.architectures import PRESETS, build
+from finetune.optim import AdamWConfig, learning_rate, param_groups
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_f30_no_decay_of_logit_scale_norms_and_biases(preset: str) -> None:
+    model = build(PRESETS[preset])
+    decayed, plain = param_groups(model, 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_plain = {names[id(parameter)] for parameter in plain["params"]}
+    in_decayed = {names[id(parameter)] for parameter in decayed["params"]}
+    assert in_plain | in_decayed == set(names.values())
+    assert not in_plain & in_decayed
+    assert "logit_scale" in in_plain
+    assert {name for name in names.values() if name.endswith("bias")} <= in_plain
+    norms = (open_clip.transformer.LayerNorm, torch.nn.LayerNorm, torch.nn.BatchNorm2d)
+    for name, module in model.named_modules():
+        if isinstance(module, norms):
+            assert f"{name}.weight" in in_plain
+    assert {"token_embedding.weight", "text_projection"} <= in_decayed
+    assert any("conv1.weight" in name for name in in_decayed)
+
+
+def test_f30_decay_does_not_move_what_has_no_gradient() -> None:
+    model = build(PRESETS["demo-rn"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    AdamWConfig(lr=0.1, weight_decay=0.5).build(model).step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "token_embedding.weight" in moved
+    assert not {name for name in moved if name.endswith("bias") or name == "logit_scale"}
+    assert not {name for name in moved if ".ln_" in name or ".bn" in name}
+
+
+def test_learning_rate_rises_then_follows_half_a_cosine() -> None:
+    rates = [learning_rate(step, 100, 0.2, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)  # the first step already moves
+    assert rates[19] == pytest.approx(2.0)
+    assert rates[20] == pytest.approx(2.0)
+    assert rates[60] == pytest.approx(1.0)  # half of the way down
+    assert rates[99] == pytest.approx(1.0 + math.cos(math.pi * 79 / 80))
+    assert 0 < rates[99] < 0.002
+    assert all(a < b for a, b in itertools.pairwise(rates[:20]))
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(0, 10, 0.0, 3.0) == pytest.approx(3.0)
+    assert learning_rate(0, 1, 0.2, 3.0) == pytest.approx(3.0)

@@ -1,0 +1,50 @@
+"""Zero-shot accuracy and recall against slow written-out definitions."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from featcache.errors import ConfigError
+from finetune import validation
+from finetune.validation import class_prompts, retrieval_recall, zero_shot_top1
+
+
+def test_prompts_may_name_any_column() -> None:
+    classes = pd.DataFrame(
+        {"name": ["rosa", "bellis"], "genus": ["Rosa", "Bellis"], "count": [1, 2]}
+    )
+    assert class_prompts(classes, "{name} of {genus}.") == ["rosa of Rosa.", "bellis of Bellis."]
+    with pytest.raises(ConfigError, match="prompt: .*family.*name, genus, count"):
+        class_prompts(classes, "{family}")
+
+
+def test_zero_shot_skips_rows_without_label_and_breaks_ties_low() -> None:
+    images = torch.eye(3)
+    classes = torch.stack([images[0], images[1], images[1]])
+    assert zero_shot_top1(images, classes, np.array([0, 1, -1])) == 1.0
+    assert zero_shot_top1(images, classes, np.array([0, 2, 1])) == pytest.approx(1 / 3)
+
+
+def test_recall_equals_a_sort_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "ROWS_AT_A_TIME", 3)
+    random = np.random.default_rng(0)
+    own = [[0, 1], [2], [1, 3, 4], [5], [5, 6], [7], [8]]  # texts 1 and 5 have two images
+    offsets = np.cumsum([0, *map(len, own)])
+    images = F.normalize(torch.from_numpy(random.normal(size=(7, 4))), dim=-1)
+    texts = F.normalize(torch.from_numpy(random.normal(size=(9, 4))), dim=-1)
+    found = retrieval_recall(images, texts, offsets, np.concatenate(own), ks=(1, 3))
+    scores = (images @ texts.T).numpy()
+    for k in (1, 3):
+        hits = [bool(set(np.argsort(-scores[i])[:k]) & set(own[i])) for i in range(7)]
+        assert found[f"image_to_text_recall_at_{k}"] == pytest.approx(np.mean(hits))
+        owners = [{i for i in range(7) if text in own[i]} for text in range(9)]
+        hits = [bool(set(np.argsort(-scores[:, j])[:k]) & owners[j]) for j in range(9)]
+        assert found[f"text_to_image_recall_at_{k}"] == pytest.approx(np.mean(hits))
+
+
+def test_a_collapsed_model_recalls_nothing() -> None:
+    same = torch.ones(6, 2)
+    found = retrieval_recall(same, same, np.arange(7), np.arange(6))
+    assert set(found.values()) == {0.0}

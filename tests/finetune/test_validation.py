@@ -16,7 +16,7 @@ def test_prompts_may_name_any_column() -> None:
         {"name": ["rosa", "bellis"], "genus": ["Rosa", "Bellis"], "count": [1, 2]}
     )
     assert class_prompts(classes, "{name} of {genus}.") == ["rosa of Rosa.", "bellis of Bellis."]
-    with pytest.raises(ConfigError, match="prompt: .*family.*name, genus, count"):
+    with pytest.raises(ConfigError, match=r"prompt: .*family.*name, genus, count"):
         class_prompts(classes, "{family}")
 
 

@@ -7,7 +7,7 @@ chunk can be written with one `write`, checked without decoding, and read by map
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,28 @@ class ArrayFiles:
                 block = padded
             write_chunk(self.file(chunk), block.reshape(-1).view(np.uint8), self.checksummed)
 
-    def problem(self, chunk: int) -> str | None:
-        """What is wrong with a chunk file, with its name; None if nothing is."""
+    def problem(self, chunk: int, content: npt.NDArray[np.uint8] | None = None) -> str | None:
+        """What is wrong with a chunk file, its name first; None if nothing is.
+
+        Args:
+            chunk: number of the chunk.
+            content: the file's bytes without the checksum where they are mapped already.
+        """
+        file = self.file(chunk)
+        problem = self.size_problem(chunk)
+        if problem is not None or not self.checksummed:
+            return problem
+        with file.open("rb") as stream:
+            if content is None:
+                content = np.memmap(stream, np.uint8, mode="r")[:-CHECKSUM_BYTES]
+            stream.seek(-CHECKSUM_BYTES, os.SEEK_END)
+            stored = int.from_bytes(stream.read(), "little")
+        if google_crc32c.value(content) == stored:
+            return None
+        return f"{file}: checksum does not match the bytes"
+
+    def size_problem(self, chunk: int) -> str | None:
+        """What is wrong with a chunk file as far as its size tells; None if nothing is."""
         file = self.file(chunk)
         try:
             size = file.stat().st_size
@@ -150,37 +170,24 @@ class ArrayFiles:
         extra = CHECKSUM_BYTES if self.checksummed else 0
         if self.raw and size != self.data_bytes + extra:
             return f"{file}: {size} bytes, expected {self.data_bytes + extra}"
-        if not self.checksummed:
-            return None
-        if size < CHECKSUM_BYTES:
-            return f"{file}: {size} bytes, too short for a checksum"
-        return None if checksum_holds(file) else f"{file}: checksum does not match the bytes"
+        # A string chunk starts with the number of its strings.
+        return f"{file}: {size} bytes, cut off" if size < extra + 4 and not self.raw else None
 
-    def require(self, chunks: range, progress: Callable[[int], None] | None = None) -> None:
-        """Checks chunk files one after the other.
-
-        Args:
-            chunks: numbers of the chunks.
-            progress: called with the bytes of each chunk that was checked.
-
-        Raises:
-            CacheCorruptError: naming the first bad file.
-        """
-        for chunk in chunks:
-            problem = self.problem(chunk)
-            if problem is not None:
-                raise CacheCorruptError(
-                    f"{problem}; extract its shard again or restore the file from a copy"
-                )
-            if progress is not None:
-                progress(self.file(chunk).stat().st_size)
+    def read_ahead(self, chunk: int) -> None:
+        """Tells the kernel that a chunk will be read next."""
+        if chunk < self.num_chunks and self.file(chunk).is_file():
+            with self.file(chunk).open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def checksum_holds(file: Path) -> bool:
-    """Whether the last 4 bytes of a file are the crc32c of those before them."""
-    content = np.memmap(file, np.uint8, mode="r")
-    stored = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little")
-    return bool(google_crc32c.value(content[:-CHECKSUM_BYTES]) == stored)
+def require(problem: str | None) -> None:
+    """Turns a problem into an error.
+
+    Raises:
+        CacheCorruptError: with what can be done about it.
+    """
+    if problem is not None:
+        raise CacheCorruptError(f"{problem}; restore the file from a copy, or extract anew")
 
 
 def write_chunk(file: Path, content: Content, checksummed: bool) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.chunks import ArrayFiles
+from featcache.chunks import ArrayFiles, require
+from featcache.errors import CacheCorruptError
 
 MAX_FILES = 32_000
 """Half of Linux's default limit on mappings of a process (vm.max_map_count)."""
@@ -36,7 +37,8 @@ def map_array(files: ArrayFiles) -> npt.NDArray[Any]:
     """A read-only array over all chunk files; the mapping goes when the last view of it goes.
 
     Raises:
-        OSError: if a file cannot be opened or mapped.
+        CacheCorruptError: if a file is missing or of the wrong size.
+        OSError: if the kernel refuses a mapping.
     """
     assert can_map(files), f"{files.folder} cannot be mapped"
     length = files.data_bytes * files.num_chunks
@@ -47,7 +49,7 @@ def map_array(files: ArrayFiles) -> npt.NDArray[Any]:
     try:
         for chunk in range(files.num_chunks):
             _map_file(libc, base + chunk * files.data_bytes, files, chunk)
-    except OSError:
+    except (OSError, CacheCorruptError):
         libc.munmap(base, length)
         raise
     memory = (ctypes.c_char * length).from_address(base)
@@ -57,10 +59,9 @@ def map_array(files: ArrayFiles) -> npt.NDArray[Any]:
 
 
 def _map_file(libc: Any, address: int, files: ArrayFiles, chunk: int) -> None:
+    require(files.size_problem(chunk))  # touching a page behind a file's end kills the process
     descriptor = os.open(files.file(chunk), os.O_RDONLY)
     try:
-        if os.fstat(descriptor).st_size < files.data_bytes:
-            raise OSError(0, "too short", str(files.file(chunk)))
         flags = mmap.MAP_SHARED | _MAP_FIXED
         mapped = libc.mmap(address, files.data_bytes, mmap.PROT_READ, flags, descriptor, 0)
         if mapped != address:

@@ -4,23 +4,24 @@
 once, on its first use. After that a read is a copy out of the page cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from featcache.chunks import ArrayFiles
+from featcache.batches import RAM_BUDGET_BYTES, Rows, plan_batches
 from featcache.errors import CacheError, ConfigError
+from featcache.feature_array import FeatureArray
 from featcache.identity import Identity, require_equal
 from featcache.manifest import Task
-from featcache.mapping import can_map, map_array
 from featcache.store import Store
 
-Rows = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from featcache.torch_dataset import FeatureDataset
 
 
 def open_cache(
@@ -53,147 +54,6 @@ def open_cache(
             f"same options (python -m featcache.extract --cache {path} ...), it resumes"
         )
     return Cache(store, verify)
-
-
-class FeatureArray:
-    """One array of a cache: rows as ndarrays, without decoding.
-
-    Attributes:
-        name: array in the cache, e.g. `image/projected`.
-        shape: (rows, ...); with a view axis (rows, V, ...).
-        dtype: type on disk.
-        num_views: V; 1 = no view axis.
-        view: read-only array over the files, no copy; None where files cannot be mapped as one.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        verify: bool = True,
-        num_views: int = 1,
-        done: npt.NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Opens an array.
-
-        Args:
-            store: the cache.
-            name: array.
-            verify: whether the chunks' checksums are checked now.
-            num_views: V.
-            done: (rows,) rows whose chunks count; the others read as NaN. None = all.
-        """
-        files = store.files(name)
-        if files.dtype is None:
-            raise ConfigError(f"{files.folder}: holds strings, not features")
-        self.name = name
-        self.shape = files.shape
-        self.dtype = files.dtype
-        self.num_views = num_views
-        self._files = files
-        self._store = store
-        present = _present_chunks(files, done)
-        if verify:
-            for chunk in np.flatnonzero(present):
-                files.require(range(int(chunk), int(chunk) + 1))
-        self.view = map_array(files) if present.all() and can_map(files) else None
-        self._blocks: list[npt.NDArray[Any] | None] | None = None
-        if self.view is None and files.raw:
-            self._blocks = [
-                _map_chunk(files, chunk) if here else None for chunk, here in enumerate(present)
-            ]
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(
-        self,
-        rows: slice | Rows | None = None,
-        out: npt.NDArray[Any] | None = None,
-        view: int | None = None,
-    ) -> npt.NDArray[Any]:
-        """A copy of rows, in one allocation.
-
-        Args:
-            rows: all (None), a slice with step 1, or row numbers in any order, repeats allowed.
-            out: C-contiguous array to fill instead of a new one.
-            view: one view, 0 = the plain one; None = all, with their axis if V > 1.
-
-        Returns:
-            (n, ...) of the array's dtype.
-
-        Raises:
-            IndexError: if a row lies outside the array.
-        """
-        if rows is None:
-            rows = slice(None)
-        if view is not None and not 0 <= view < self.num_views:
-            raise IndexError(f"{self.name}: view {view} of {self.num_views}")
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(len(self))
-            if step == 1 and (view is None or self.num_views == 1):
-                return self._read_range(start, max(start, stop), out)
-            rows = np.arange(start, stop, step, dtype=np.int64)
-        return self.take(rows, out, view)
-
-    def take(
-        self, rows: Rows, out: npt.NDArray[Any] | None = None, view: int | None = None
-    ) -> npt.NDArray[Any]:
-        """A copy of rows in any order; see `read`."""
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"{self.name}: rows lie outside 0..{len(self) - 1}")
-        one_view = view is not None and self.num_views > 1
-        shape = (len(rows), *self.shape[2 if one_view else 1 :])
-        out = self._output(out, shape)
-        if self.view is not None:
-            _take(self.view, rows, out, view if one_view else None)
-        elif self._blocks is not None:
-            chunks = rows // self._files.chunk_rows
-            order = np.argsort(chunks, kind="stable")
-            bounds = np.searchsorted(chunks[order], np.arange(len(self._blocks) + 1))
-            for chunk in np.unique(chunks):
-                where = order[bounds[chunk] : bounds[chunk + 1]]
-                block = self._blocks[chunk]
-                if block is None:
-                    out[where] = np.nan if self.dtype.kind == "f" else 0
-                    continue
-                part = np.empty((len(where), *shape[1:]), self.dtype)
-                inside = rows[where] - chunk * self._files.chunk_rows
-                _take(block, inside, part, view if one_view else None)
-                out[where] = part
-        else:
-            values = self._store.zarr_array(self.name).oindex[rows]
-            out[...] = values[:, view] if one_view else values
-        return out
-
-    def _read_range(self, start: int, stop: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-        out = self._output(out, (stop - start, *self.shape[1:]))
-        if self.view is not None:
-            np.copyto(out, self.view[start:stop])
-        elif self._blocks is not None:
-            size = self._files.chunk_rows
-            for chunk in self._files.chunks_of(start, stop) if stop > start else ():
-                first, last = max(start, chunk * size), min(stop, (chunk + 1) * size)
-                block = self._blocks[chunk]
-                if block is None:
-                    out[first - start : last - start] = np.nan if self.dtype.kind == "f" else 0
-                else:
-                    inside = block[first - chunk * size : last - chunk * size]
-                    np.copyto(out[first - start : last - start], inside)
-        else:
-            out[...] = self._store.zarr_array(self.name)[start:stop]
-        return out
-
-    def _output(self, out: npt.NDArray[Any] | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        if out is None:
-            return np.empty(shape, self.dtype)
-        if out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
-            raise ValueError(
-                f"{self.name}: out is {out.dtype}{out.shape}, expected contiguous "
-                f"{self.dtype}{shape}"
-            )
-        return out
 
 
 class Cache:
@@ -270,10 +130,10 @@ class Cache:
     @cached_property
     def valid(self) -> npt.NDArray[np.bool_]:
         """(N,) rows that hold features: readable images of shards that are done."""
-        return self.array("rows/valid").read() & self._done
+        return self.array("rows/valid").read() & self.done
 
     @cached_property
-    def _done(self) -> npt.NDArray[np.bool_]:
+    def done(self) -> npt.NDArray[np.bool_]:
         """(N,) rows of image shards that are done."""
         return self._done_rows("image", self.num_rows)
 
@@ -319,6 +179,83 @@ class Cache:
         rows: Rows = np.flatnonzero(self.valid[start:stop]).astype(np.int64) + start
         return rows
 
+    def row_array(self, name: str) -> FeatureArray:
+        """An array with one row an image.
+
+        Raises:
+            ConfigError: if it has other rows (captions, classes).
+        """
+        array = self.array(name)
+        if len(array) != self.num_rows:
+            raise ConfigError(
+                f"{self.path}: {name} has {len(array)} rows, not one for each of the "
+                f"{self.num_rows} images; choose an image/... array"
+            )
+        return array
+
+    def batches(
+        self,
+        name: str,
+        split: str,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        ram_budget_bytes: int = RAM_BUDGET_BYTES,
+    ) -> Iterator[tuple[Rows, npt.NDArray[Any]]]:
+        """One pass over a split's valid rows, every row exactly once.
+
+        Args:
+            name: array with one row an image.
+            split: split name.
+            batch_size: rows of a batch; the last one may have fewer.
+            shuffle: a new order for each (seed, epoch); exactly uniform while the split's features
+                fit the budget, otherwise chunks in random order, mixed in windows of the budget.
+            seed: decides the order, with `epoch`.
+            epoch: pass over the split.
+            ram_budget_bytes: features that may be needed in memory at a time.
+
+        Yields:
+            (n,) row numbers in the cache and their (n, ...) features, as stored.
+        """
+        array = self.row_array(name)
+        rows = self.rows(split)
+        plan = plan_batches(
+            rows,
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            epoch=epoch,
+            chunk_rows=array.chunk_rows,
+            window_rows=max(1, ram_budget_bytes // array.row_bytes),
+        )
+        for batch in plan:
+            yield batch, array.take(batch)
+
+    def dataset(self, name: str, split: str) -> "FeatureDataset":
+        """A split's valid rows as a map-style torch Dataset of dicts."""
+        from featcache.torch_dataset import FeatureDataset
+
+        return FeatureDataset(self, name, split)
+
+    def dask(self, name: str) -> Any:
+        """A lazy dask array over all rows, one block a shard; invalid rows are NaN."""
+        from featcache.dask_array import dask_array
+
+        return dask_array(self, name)
+
+    def to_numpy(self, folder: str | Path) -> Path:
+        """Writes every feature array as .npy, rows as parquet; see `featcache.export`."""
+        from featcache.export import to_numpy
+
+        return to_numpy(self, folder)
+
+    def to_parquet(self, file: str | Path) -> Path:
+        """Writes rows with their image features as one parquet file; see `featcache.export`."""
+        from featcache.export import to_parquet
+
+        return to_parquet(self, file)
+
     def labels(self, rows: Rows) -> npt.NDArray[np.int64]:
         """(n,) class index of each row; -1 = unlabelled.
 
@@ -327,7 +264,7 @@ class Cache:
         """
         if self.task == "multi_label":
             raise ConfigError(f"{self.path}: a multi-label cache has no single label a row")
-        offsets, values = self._labels
+        offsets, values = self.label_lists
         starts = offsets[rows]
         labels = np.full(len(rows), -1, np.int64)
         labelled = offsets[np.asarray(rows) + 1] > starts
@@ -336,7 +273,7 @@ class Cache:
 
     def multi_hot(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """(n, C) uint8: 1 where a row has the class."""
-        offsets, values = self._labels
+        offsets, values = self.label_lists
         starts = offsets[rows]
         counts = offsets[np.asarray(rows) + 1] - starts
         row = np.repeat(np.arange(len(rows)), counts)
@@ -346,7 +283,8 @@ class Cache:
         return hot
 
     @cached_property
-    def _labels(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    def label_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """(N+1,) offsets and all class indices; row i has labels offsets[i]..offsets[i+1]."""
         return self._numbers("rows/label_offsets"), self._numbers("rows/label_values")
 
     def _numbers(self, name: str) -> npt.NDArray[Any]:
@@ -364,29 +302,6 @@ class Cache:
             if shard.index in reports:
                 done[shard.start : shard.stop] = True
         return done
-
-
-def _take(source: npt.NDArray[Any], rows: Rows, out: npt.NDArray[Any], view: int | None) -> None:
-    """Copies rows (of one view) of `source` into `out`."""
-    if view is not None:
-        rows = rows * source.shape[1] + view
-        source = source.reshape(-1, *source.shape[2:])
-    # The rows were checked: mode="raise" would buffer the whole output.
-    np.take(source, rows, axis=0, out=out, mode="clip")
-
-
-def _present_chunks(files: ArrayFiles, done: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.bool_]:
-    """(chunks,) chunks of which every row is done."""
-    if done is None:
-        return np.ones(files.num_chunks, np.bool_)
-    starts = np.arange(files.num_chunks) * files.chunk_rows
-    return np.asarray([done[start : start + files.chunk_rows].all() for start in starts], np.bool_)
-
-
-def _map_chunk(files: ArrayFiles, chunk: int) -> npt.NDArray[Any]:
-    shape = (files.chunk_rows, *files.shape[1:])
-    assert files.dtype is not None
-    return np.memmap(files.file(chunk), files.dtype, mode="r", shape=shape)
 
 
 __all__ = ["Cache", "FeatureArray", "Rows", "open_cache"]

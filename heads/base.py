@@ -6,13 +6,11 @@ Adding a head is one new file in `heads/models`: subclass `HeadConfig` and `Head
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
-from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from featcache.config import Config
@@ -32,6 +30,8 @@ class FeatureSpec:
         prompts: (T, C, P) float32 per-template class text features, not normalised; None if the
             head did not ask for text.
         logit_scale: multiplier of image-text cosines that the backbone was trained with.
+        mean, std: (D,) float32 of the training rows' features, for heads that ask for them; None
+            otherwise, and when a trained head is loaded (its own tensors hold them).
     """
 
     feature_dim: int
@@ -41,6 +41,8 @@ class FeatureSpec:
     classes: pd.DataFrame
     prompts: Tensor | None
     logit_scale: float
+    mean: Tensor | None = None
+    std: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,18 @@ class OptimDefaults:
     """A head's own choice where `optim` leaves a field unset.
 
     Attributes:
-        lr: peak learning rate; weight_decay: decoupled weight decay.
-        epochs: passes over the training split; batch_size: rows per optimiser step.
+        lr: peak learning rate; weight_decay: decoupled weight decay. None: the head trains several
+            side by side, named by its own options.
+        epochs: passes over the training split; batch_size: most rows per optimiser step (a small
+            split gets smaller batches, see `heads.optim.resolve`).
+        warmup_share: part of all optimiser steps in which the learning rate rises, 0..1.
     """
 
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: float | None = 1e-3
+    weight_decay: float | None = 0.0
     epochs: int = 100
     batch_size: int = 4096
+    warmup_share: float = 0.0
 
 
 class Head(nn.Module, ABC):
@@ -86,19 +92,26 @@ class Head(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has nothing to train")
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimiser parameter groups; default one group with all trainable parameters."""
+        """Optimiser parameter groups; default one group with all trainable parameters.
+
+        Args:
+            lr: peak learning rate; NaN where `optim_defaults` leaves the choice to the head.
+            weight_decay: likewise.
+        """
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
 
     def candidates(self, features: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, logits) of each model trained side by side; heads that train one give one."""
+        """(name, (B, C) logits) of each model trained side by side; most heads train just one."""
         yield "", self.forward(features)
 
-    def select(self, name: str) -> None:
-        """Makes the candidate `name` the one that `forward` answers with."""
+    def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
+        """Tensors that training changes, by name: what `head.safetensors` holds.
 
-    def trained_state(self) -> Mapping[str, Tensor]:
-        """Tensors that training changes, by name: what `head.safetensors` holds."""
+        Args:
+            candidate: one of the names that `candidates` gives; the tensors then fit the head that
+                `HeadConfig.only(candidate)` builds.
+        """
         wanted = {name for name, p in self.named_parameters() if p.requires_grad}
         return {name: t.detach() for name, t in self.state_dict().items() if name in wanted}
 
@@ -124,7 +137,7 @@ class HeadConfig(Config):
     """Options that every head shares."""
 
     needs: ClassVar[tuple[str, ...]] = ("image/projected",)
-    """Arrays of the cache that the head reads; the first one gives `feature_dim`."""
+    """Array of the cache that the head reads; its last axis is `feature_dim`."""
     needs_prompts: ClassVar[bool] = False
     """Whether the head starts from class text features."""
     optim_defaults: ClassVar[OptimDefaults] = OptimDefaults()
@@ -133,8 +146,30 @@ class HeadConfig(Config):
     kind: str
     """Head kind."""
 
+    def arrays(self) -> tuple[str, ...]:
+        """`needs`, for heads whose options decide it."""
+        return self.needs
+
+    def wants_statistics(self) -> bool:
+        """Whether `build` needs `FeatureSpec.mean` and `std`."""
+        return False
+
+    def with_optim(self, lr: float | None, weight_decay: float | None) -> Self:
+        """This config with the choice that `optim` makes, None where it leaves a field unset.
+
+        Only heads that train several (lr, weight decay) pairs side by side have to care.
+
+        Raises:
+            ConfigError: if the head's own options say otherwise.
+        """
+        return self
+
+    def only(self, candidate: str) -> Self:
+        """The config of the head that holds that candidate alone; see `Head.candidates`."""
+        return self
+
     def template_names(self, classes: pd.DataFrame, kind: str) -> list[str]:
-        """Prompt templates (format strings over the class table's columns) that the head starts from.
+        """Prompt templates that the head starts from: format strings over class table columns.
 
         Args:
             classes: class table.

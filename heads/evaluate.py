@@ -1,0 +1,288 @@
+"""Job: metrics of a trained head on a split of a cache.
+
+python -m heads.evaluate --run runs/inat2021-linear-1a2b3c --split val
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from featcache.config import Config, run_job
+from featcache.errors import CacheMismatchError, ConfigError
+from featcache.reader import Cache, open_cache
+from heads import metrics
+from heads.base import Head
+from heads.data import FeatureTable, Part, feature_array, labelled_part, require_labels
+from heads.run_folder import LoadedRun, RunError, load_run, write_atomic, write_json
+
+BATCH_ELEMENTS = 2**25
+"""Scores held at a time, in elements (128 MiB of float32)."""
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class MetricsConfig(Config):
+    """How metrics are counted."""
+
+    shot_boundaries: tuple[PositiveInt, PositiveInt] = (20, 100)
+    """Smallest number of training images of a medium and of a head class; fewer = tail."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability from which on a class counts as predicted (multi-label), 0..1."""
+    levels: tuple[str, ...] | None = None
+    """Class metadata columns to report accuracy for, fine to coarse; unset = genus, family, order,
+    class, phylum, kingdom, supercategory, as far as the class table has them."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "MetricsConfig":
+        low, high = self.shot_boundaries
+        if low >= high:
+            raise ValueError(f"shot_boundaries are {low} and {high}; the first must be lower")
+        return self
+
+
+class EvaluateConfig(Config):
+    """Metrics of a trained head on a split of a cache."""
+
+    run: Path
+    """Run folder that heads.train wrote."""
+    cache: Path | None = None
+    """Cache to evaluate on; unset = the one it was trained on."""
+    split: str | None = None
+    """Split of the cache; unset = test if there is one, otherwise val."""
+    metrics: MetricsConfig = MetricsConfig()
+    """How metrics are counted."""
+    device: Device = "auto"
+    """auto = the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics of a split.
+
+    Attributes:
+        metrics: metric name -> share in 0..1 (or a count, for names that start with `num_`).
+        per_class: C rows: class, name, num_train, num_rows and the class's own metrics.
+    """
+
+    metrics: dict[str, float]
+    per_class: pd.DataFrame
+
+
+def open_device(device: Device) -> torch.device:
+    """The device meant.
+
+    Raises:
+        ConfigError: `cuda` without a CUDA device.
+    """
+    available: bool = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device=cuda, but torch finds no CUDA device; use cpu or auto")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+@torch.inference_mode()
+def score_split(
+    head: Head,
+    table: FeatureTable,
+    part: Part,
+    classes: pd.DataFrame,
+    options: MetricsConfig,
+) -> Scores:
+    """All metrics of a head on the rows of `part`.
+
+    Args:
+        head: on the table's device, in evaluation mode.
+        table: features of `part.rows`.
+        part: rows with targets.
+        classes: class table with the training counts that make the shot groups.
+        options: see `MetricsConfig`.
+
+    Raises:
+        ConfigError: if a taxonomy level is not in the class table.
+        RunError: if a score is NaN or infinite.
+    """
+    counts = classes["count"].to_numpy(np.int64)
+    logits = (_finite(head(table.slice(*span)), span) for span in _spans(len(part), len(classes)))
+    if part.targets.ndim == 2:
+        scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
+        values = metrics.multi_label_metrics(
+            scores, part.targets, counts, options.shot_boundaries, options.threshold
+        )
+        return Scores(values, _multi_label_table(scores, part.targets, classes, options.threshold))
+    try:
+        taxonomy = metrics.Taxonomy.from_classes(classes, options.levels)
+    except KeyError as error:
+        raise ConfigError(
+            f"metrics.levels: no column {error.args[0]!r} in the class table; "
+            f"it has {', '.join(map(str, classes.columns))}"
+        ) from None
+    targets = torch.from_numpy(part.targets).to(table.device)
+    scored, start = [], 0
+    for batch in logits:
+        scored.append(metrics.score_rows(batch, targets[start : start + len(batch)], taxonomy))
+        start += len(batch)
+    rows = metrics.RowScores.concatenate(scored)
+    values = metrics.single_label_metrics(rows, counts, options.shot_boundaries, taxonomy)
+    return Scores(values, _single_label_table(rows, classes))
+
+
+@torch.inference_mode()
+def score_candidates(head: Head, table: FeatureTable, part: Part) -> dict[str, float]:
+    """Top-1 (single label) or mAP (multi label) of each model that a head trains side by side.
+
+    Args:
+        head: on the table's device, in evaluation mode.
+        table: features of `part.rows`.
+        part: rows with targets.
+
+    Raises:
+        RunError: if a score is NaN or infinite.
+    """
+    num_classes = part.targets.shape[1] if part.targets.ndim == 2 else None
+    right: dict[str, Any] = {}
+    targets = torch.from_numpy(part.targets).to(table.device)
+    for start, stop in _spans(len(part), num_classes or 1024):
+        features = table.slice(start, stop)
+        for name, logits in head.candidates(features):
+            _finite(logits, (start, stop))
+            if num_classes is None:
+                hits = (metrics.target_rank(logits, targets[start:stop]) == 0).sum()
+                right[name] = right.get(name, 0) + hits
+            else:
+                right.setdefault(name, []).append(logits.float().cpu().numpy())
+    if num_classes is None:
+        return {name: int(hits) / len(part) for name, hits in right.items()}
+    result = {}
+    for name, logits in right.items():
+        ap = metrics.average_precision(np.concatenate(logits), part.targets)
+        result[name] = float(np.nanmean(ap))
+    return result
+
+
+def main_metric(task: str) -> str:
+    """Name of the metric that decides."""
+    return "map" if task == "multi_label" else "top1"
+
+
+def metrics_table(values: Mapping[str, float]) -> str:
+    """Metrics as aligned lines: shares in percent, counts as they are."""
+    width = max(len(name) for name in values)
+    return "\n".join(
+        f"  {name:<{width}}  " + (f"{value:>8}" if name.startswith("num_") else f"{value:8.2%}")
+        for name, value in values.items()
+    )
+
+
+def evaluate_run(
+    run: LoadedRun, cache: Cache, split: str, options: MetricsConfig, device: torch.device
+) -> Scores:
+    """Metrics of a loaded run on a split of a cache that fits it.
+
+    Raises:
+        CacheMismatchError: naming the field in which the cache differs from the training cache.
+        RunError: if the split has no labelled row.
+    """
+    run.require_fits(cache)
+    require_labels(cache)
+    part = labelled_part(cache, split)
+    if not len(part):
+        raise RunError(f"{cache.path}: split {split!r} has no valid labelled row to evaluate on")
+    table = FeatureTable(feature_array(cache, run.config), part.rows, device)
+    return score_split(run.head.to(device), table, part, run.classes, options)
+
+
+def run(config: EvaluateConfig) -> Scores:
+    """Evaluates, prints a table, and writes `metrics_<split>.json` and `classes_<split>.csv`."""
+    loaded = load_run(config.run)
+    path = config.cache or Path(loaded.record["cache"]["path"])
+    cache = open_cache(path)
+    trained_on = loaded.record["cache"]["fingerprint"]
+    if config.cache is None and cache.fingerprint != trained_on:
+        raise CacheMismatchError(
+            f"{path}: fingerprint {cache.fingerprint}, the head was trained on {trained_on}; "
+            "name the cache with --cache if this one is meant"
+        )
+    names = cache.split_names
+    split = config.split or next((n for n in ("test", "val") if n in names), names[0])
+    scores = evaluate_run(loaded, cache, split, config.metrics, open_device(config.device))
+    write_json(
+        config.run / f"metrics_{split}.json",
+        {"cache": str(path), "fingerprint": cache.fingerprint, "split": split} | scores.metrics,
+    )
+    table = config.run / f"classes_{split}.csv"
+    write_atomic(table, scores.per_class.to_csv(index=False).encode())
+    print(f"{config.run}: {split} of {path}")
+    print(metrics_table(scores.metrics))
+    print(f"per class: {table}")
+    return scores
+
+
+def _spans(num_rows: int, num_classes: int) -> list[tuple[int, int]]:
+    step = max(1, min(65_536, BATCH_ELEMENTS // max(num_classes, 1)))
+    return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _finite(logits: Tensor, span: tuple[int, int]) -> Tensor:
+    if not torch.isfinite(logits).all():
+        raise RunError(
+            f"a score of rows {span[0]}..{span[1]} is NaN or infinite; the head diverged, train it "
+            "again with a lower optim.lr"
+        )
+    return logits
+
+
+def _single_label_table(rows: metrics.RowScores, classes: pd.DataFrame) -> pd.DataFrame:
+    num_classes = len(classes)
+    right = np.bincount(rows.label[rows.rank == 0], minlength=num_classes)
+    support = np.bincount(rows.label, minlength=num_classes)
+    predicted = np.bincount(rows.predicted, minlength=num_classes)
+    return _class_table(
+        classes,
+        support,
+        {
+            "num_predicted": predicted,
+            "accuracy": np.where(support > 0, right / np.maximum(support, 1), np.nan),
+            "precision": np.where(predicted > 0, right / np.maximum(predicted, 1), np.nan),
+        },
+    )
+
+
+def _multi_label_table(
+    scores: npt.NDArray[np.float32],
+    targets: npt.NDArray[np.uint8],
+    classes: pd.DataFrame,
+    threshold: float,
+) -> pd.DataFrame:
+    predicted = scores > np.log(threshold / (1 - threshold))
+    precision, recall, f1 = metrics.precision_recall_f1(predicted, targets)
+    return _class_table(
+        classes,
+        targets.sum(0, dtype=np.int64),
+        {
+            "num_predicted": predicted.sum(0),
+            "average_precision": metrics.average_precision(scores, targets),
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+        },
+    )
+
+
+def _class_table(
+    classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: dict[str, Any]
+) -> pd.DataFrame:
+    head = {"class": np.arange(len(classes)), "name": classes["name"].to_numpy()}
+    counts = {"num_train": classes["count"].to_numpy(), "num_rows": support}
+    return pd.DataFrame(head | counts | columns)
+
+
+if __name__ == "__main__":
+    run_job(EvaluateConfig, run)

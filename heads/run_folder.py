@@ -1,0 +1,273 @@
+"""A run folder: what a training leaves behind, written atomically, readable without pickle.
+
+config.yaml       the resolved configuration; `--config` reads it back
+head.json         kind, options, class table, cache, backbone, versions: all that predicting needs
+head.safetensors  the trained tensors
+prompts.safetensors  class text features, for heads that start from them
+metrics.json      metrics of the validation and test rows, sizes, seconds
+history.jsonl     one line an epoch
+curves.png        the same as a picture
+last.safetensors  state of an unfinished training; gone when it is complete
+"""
+
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from featcache.errors import CacheMismatchError, UserError
+from featcache.identity import differences
+from featcache.manifest import class_hash
+from featcache.reader import Cache
+from heads.base import FeatureSpec, Head, HeadConfig
+from heads.models import HEADS
+
+FORMAT = 1
+_REPORTED = ("torch", "numpy", "safetensors", "open_clip_torch", "featcache")
+
+
+class RunError(UserError, RuntimeError):
+    """A run folder is missing, unfinished, in use, or holds something else than what is asked."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and plain JSON values beside them, in one file."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained head with everything needed to use it.
+
+    Attributes:
+        path: the run folder.
+        head: in evaluation mode.
+        config: options of the head (of the chosen candidate, if several were trained).
+        classes: class table (name, count, metadata), C rows in index order.
+        record: `head.json`.
+    """
+
+    path: Path
+    head: Head
+    config: HeadConfig
+    classes: pd.DataFrame
+    record: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str]:
+        """C names in index order."""
+        return [str(name) for name in self.classes["name"]]
+
+    @property
+    def task(self) -> str:
+        """single_label or multi_label."""
+        return str(self.record["task"])
+
+    def require_fits(self, cache: Cache) -> None:
+        """Checks that a cache holds what the head was trained on: classes, backbone, pixels.
+
+        Raises:
+            CacheMismatchError: naming the first differing field with both values.
+        """
+        if cache.class_hash != self.record["class_hash"]:
+            raise CacheMismatchError(f"{cache.path}: {self._class_difference(cache)}")
+        for part in ("backbone", "preprocess"):
+            found = cache.identity.record()[part]
+            for name, have, want in differences(found, self.record["identity"][part], f"{part}."):
+                raise CacheMismatchError(
+                    f"{cache.path}: {name} differs: the cache holds {have!r}, the head in "
+                    f"{self.path} was trained on {want!r}; extract with that, or train a new head"
+                )
+
+    def _class_difference(self, cache: Cache) -> str:
+        found, expected = [str(name) for name in cache.classes["name"]], self.class_names
+        advice = f"the head in {self.path} cannot score them; train a head on this cache"
+        if len(found) != len(expected):
+            return f"classes differ: the cache has {len(found)}, the head {len(expected)}; {advice}"
+        for index, (have, want) in enumerate(zip(found, expected, strict=True)):
+            if have != want:
+                return (
+                    f"classes differ: class {index} is {have!r} in the cache, {want!r} in the "
+                    f"head; {advice}"
+                )
+        return f"class_hash differs: {cache.class_hash!r} in the cache; {advice}"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that it holds the old content or the new one, whatever happens."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes plain values as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text.encode() + b"\n")
+
+
+def write_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one JSON line an epoch, atomically."""
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in history).encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Any = None) -> None:
+    """Writes tensors and plain JSON values into one safetensors file, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = None if record is None else {"record": json.dumps(record)}
+    write_atomic(path, save(plain, metadata))
+
+
+def read_tensors(path: Path) -> Checkpoint:
+    """What `write_tensors` wrote.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: damaged ({error}); train again with --restart") from None
+    return Checkpoint(tensors, json.loads(metadata.get("record", "{}")))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder.
+
+    Raises:
+        RunError: if it is missing or damaged.
+    """
+    if not path.is_file():
+        raise RunError(
+            f"{path}: no such file; train with python -m heads.train --run {path.parent}"
+        )
+    try:
+        value: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError:
+        raise RunError(f"{path}: damaged; train again with --restart") from None
+    return value
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Exclusive right to write a run folder.
+
+    Raises:
+        RunError: if another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(
+            f"{folder}: another process is training there; wait for it, or choose another --run"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter for the numbers."""
+    return {name: importlib.metadata.version(name) for name in _REPORTED}
+
+
+def describe_head(
+    cache: Cache, config: HeadConfig, feature: str, feature_dim: int
+) -> dict[str, Any]:
+    """`head.json`: all that is needed to use the head when the cache is gone."""
+    attributes = cache.attributes
+    return {
+        "format": FORMAT,
+        "kind": config.kind,
+        "config": config.record(),
+        "task": cache.task,
+        "feature": feature,
+        "feature_dim": feature_dim,
+        "class_hash": cache.class_hash,
+        "classes": {str(name): column.tolist() for name, column in cache.classes.items()},
+        "templates": template_list(cache, config),
+        "logit_scale": attributes["logit_scale"],
+        "cache": {"path": str(cache.path), "fingerprint": cache.fingerprint},
+        "identity": cache.identity.record(),
+        "attributes": {
+            name: attributes[name]
+            for name in ("backbone", "dataset", "pixels", "root")
+            if name in attributes
+        },
+        "versions": versions(),
+    }
+
+
+def template_list(cache: Cache, config: HeadConfig) -> list[str]:
+    """The prompt templates that a head starts from, for this cache's classes."""
+    if not config.needs_prompts:
+        return []
+    return config.template_names(cache.classes, cache.identity.dataset.kind)
+
+
+def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+    """A trained head with its class names, from its run folder alone.
+
+    Raises:
+        RunError: if the folder is missing, unfinished or damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run folder; python -m heads.train writes one")
+    record = read_json(path / "head.json")
+    if not (path / "metrics.json").is_file():
+        raise RunError(
+            f"{path}: its training is not complete; run the same python -m heads.train again"
+        )
+    classes = pd.DataFrame(record["classes"])
+    if class_hash([str(name) for name in classes["name"]]) != record["class_hash"]:
+        raise RunError(f"{path / 'head.json'}: class list and hash differ; train again")
+    if record["kind"] not in HEADS:
+        raise RunError(f"{path}: unknown head kind {record['kind']!r}; known: {', '.join(HEADS)}")
+    config = HEADS[record["kind"]].model_validate(record["config"])
+    prompts = None
+    if config.needs_prompts:
+        prompts = read_tensors(path / "prompts.safetensors").tensors["prompts"]
+    spec = FeatureSpec(
+        feature_dim=record["feature_dim"],
+        num_classes=len(classes),
+        task=record["task"],
+        class_counts=np.asarray(record["class_counts"], np.int64),
+        classes=classes,
+        prompts=prompts,
+        logit_scale=record["logit_scale"],
+    )
+    with torch.random.fork_rng(devices=[]):  # initial values are overwritten at once
+        head = config.build(spec)
+    try:
+        head.load_trained_state(read_tensors(path / "head.safetensors").tensors)
+    except ValueError as error:
+        raise RunError(f"{path / 'head.safetensors'}: {error}; train again") from None
+    return LoadedRun(path, head.to(device).eval(), config, classes, record)

@@ -1,0 +1,174 @@
+"""Tiny caches with known features, written without any backbone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from featcache.identity import (
+    BackboneIdentity,
+    FeatureIdentity,
+    Identity,
+    PreprocessIdentity,
+)
+from featcache.manifest import Manifest
+from featcache.store import ArrayPlan, CachePlan, Shard, create
+
+
+def write_cache(
+    path: Path,
+    features: np.ndarray,
+    labels: Sequence[Sequence[int]],
+    splits: Sequence[str],
+    *,
+    classes: pd.DataFrame,
+    task: str = "single_label",
+    invalid: Sequence[int] = (),
+    weights: str = "w0",
+    array: str = "image/projected",
+    num_views: int = 1,
+    attributes: Mapping[str, Any] | None = None,
+) -> Path:
+    """A complete cache; rows have to come in split order."""
+    num_rows = len(features)
+    manifest = Manifest.build(
+        kind="table",
+        root=path.parent / "images",
+        ids=[f"r{index}" for index in range(num_rows)],
+        paths=[f"{index}.jpg" for index in range(num_rows)],
+        splits=list(splits),
+        labels=[list(row) for row in labels],
+        classes=classes,
+        task=task,
+    )
+    assert manifest.splits == list(splits), "rows are not in split order"
+    identity = Identity(
+        dataset=manifest.identity,
+        backbone=BackboneIdentity(kind="toy", name="toy", weights=weights, architecture="a"),
+        preprocess=PreprocessIdentity(
+            size=(8, 8),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            interpolation="bicubic",
+            resize_mode="shortest",
+            fill_color=0,
+            mode="fast",
+        ),
+        precision="fp32",
+        features=FeatureIdentity(
+            projected=True,
+            pooled=False,
+            tokens="none",
+            token_layer=-1,
+            text=False,
+            storage_dtype="float16" if features.dtype == np.float16 else "float32",
+            num_views=num_views,
+            view_seed=0,
+            view_scale=1.0,
+        ),
+    )
+    plan = CachePlan(
+        identity=identity,
+        manifest=manifest,
+        arrays=(ArrayPlan(array, features.shape, str(features.dtype), num_rows),),
+        shards=(Shard("image", 0, 0, num_rows),),
+        attributes={
+            "backbone": {"kind": "toy"},
+            "dataset": {"kind": "table"},
+            "logit_scale": 100.0,
+            **(attributes or {}),
+        },
+    )
+    store = create(path, plan)
+    valid = np.ones(num_rows, bool)
+    valid[list(invalid)] = False
+    stored = features.copy()
+    stored[~valid] = np.nan
+    store.write_chunks(array, 0, stored)
+    store.write_chunks("rows/valid", 0, valid)
+    store.write_chunks("rows/content", 0, np.arange(num_rows, dtype=np.uint64))
+    store.mark_done(Shard("image", 0, 0, num_rows), {})
+    store.finish({})
+    return path
+
+
+def class_table(num_classes: int) -> pd.DataFrame:
+    """Classes c0, c1, … in genera of two and one family."""
+    index = np.arange(num_classes)
+    return pd.DataFrame(
+        {
+            "name": [f"c{i}" for i in index],
+            "genus": [f"g{i // 2}" for i in index],
+            "family": [f"f{i // 4}" for i in index],
+        }
+    )
+
+
+def single_label_cache(
+    path: Path,
+    *,
+    splits: Mapping[str, int] | None = None,
+    num_classes: int = 5,
+    dim: int = 12,
+    noise: float = 1.0,
+    seed: int = 0,
+    dtype: str = "float16",
+    **options: Any,
+) -> Path:
+    """Rows around random class centres."""
+    splits = {"train": 300, "val": 60, "test": 80} if splits is None else splits
+    rng = np.random.default_rng(seed)
+    total = sum(splits.values())
+    labels = rng.integers(0, num_classes, total)
+    labels[:num_classes] = np.arange(num_classes)
+    centres = np.random.default_rng(7).normal(size=(num_classes, dim)) * 1.5 + 0.5
+    features = centres[labels] + noise * rng.normal(size=(total, dim))
+    return write_cache(
+        path,
+        features.astype(dtype),
+        [[label] for label in labels],
+        [name for name, count in splits.items() for _ in range(count)],
+        classes=options.pop("classes", class_table(num_classes)),
+        **options,
+    )
+
+
+def multi_label_cache(path: Path, *, seed: int = 0, **options: Any) -> Path:
+    """Rows whose labels follow from random directions."""
+    splits = {"train": 300, "test": 100}
+    rng = np.random.default_rng(seed)
+    total, num_classes, dim = 400, 6, 12
+    features = rng.normal(size=(total, dim))
+    directions = np.random.default_rng(8).normal(size=(num_classes, dim))
+    hot = features @ directions.T + 0.5 * rng.normal(size=(total, num_classes)) > 3.0
+    return write_cache(
+        path,
+        features.astype(np.float32),
+        [np.flatnonzero(row).tolist() for row in hot],
+        [name for name, count in splits.items() for _ in range(count)],
+        classes=class_table(num_classes),
+        task="multi_label",
+        **options,
+    )
+
+
+CacheMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def make_single(tmp_path: Path) -> CacheMaker:
+    def make(name: str = "toy", **options: Any) -> Path:
+        return single_label_cache(tmp_path / "cache" / name, **options)
+
+    return make
+
+
+@pytest.fixture
+def make_multi(tmp_path: Path) -> CacheMaker:
+    def make(name: str = "toy", **options: Any) -> Path:
+        return multi_label_cache(tmp_path / "cache" / name, **options)
+
+    return make

@@ -1,0 +1,235 @@
+"""The whole job on toy pictures: learns, repeats, is reused, and opens in open_clip."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from featcache.errors import ConfigError, DatasetError
+from finetune import pretrain
+from finetune.pretrain import PretrainConfig, TrainingError, run
+
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+
+TINY_VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+TINY_RN = {
+    **TINY_VIT,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": [1, 1, 1, 1],
+        "width": 8,
+        "head_width": 16,
+        "patch_size": None,
+    },
+}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A table of 36 + 12 coloured pictures with captions, and two architectures beside it."""
+    random = np.random.default_rng(0)
+    with (tmp_path / "toy.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split", "caption"])
+        for row in range(48):
+            name = list(COLORS)[row % 3]
+            noise = random.integers(-25, 26, (20, 24, 3))
+            pixels = (np.asarray(COLORS[name]) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{row}.png")
+            extra = "on a table" if row % 2 else "in the sun"
+            split = "train" if row < 36 else "val"
+            writer.writerow([f"{row}.png", name, split, f"a {name} thing {extra}"])
+    (tmp_path / "vit.json").write_text(json.dumps(TINY_VIT))
+    (tmp_path / "rn.json").write_text(json.dumps(TINY_RN))
+    return tmp_path
+
+
+def _config(toy: Path, **changes: Any) -> PretrainConfig:
+    values: dict[str, Any] = {
+        "dataset": {"kind": "table", "file": str(toy / "toy.csv")},
+        "architecture": str(toy / "vit.json"),
+        "out": str(toy / "out"),
+        "steps": 40,
+        "batch_size": 8,
+        "log_every": 10,
+        "optim": {"lr": 5e-3},
+        "precision": "fp32",
+        "device": "cpu",
+        "images": {"num_readers": 2},
+    }
+    return PretrainConfig.model_validate({**values, **changes})
+
+
+def _history(config: PretrainConfig) -> list[dict[str, Any]]:
+    lines = (config.out / "history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("tower", ["vit", "rn"])
+def test_learns_and_opens_in_open_clip(toy: Path, tower: str, monkeypatch: Any) -> None:
+    trained: list[torch.nn.Module] = []
+    monkeypatch.setattr(
+        pretrain, "save_local_dir", lambda *a: (trained.append(a[1]), SAVE_LOCAL_DIR(*a))
+    )
+    config = _config(toy, architecture=str(toy / f"{tower}.json"), steps=60)
+    report = run(config)
+    history = _history(config)
+    assert [entry["step"] for entry in history] == [10, 20, 30, 40, 50, 60]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert report.metrics["validation"]["zero_shot_top1"] > 0.8
+    assert report.metrics["validation"]["chance"] == pytest.approx(1 / 3)
+    assert report.metrics == json.loads((config.out / "metrics.json").read_text())
+    assert (config.out / "curves.png").stat().st_size > 1000
+
+    name = f"local-dir:{config.out}"
+    model, preprocess = open_clip.create_model_from_pretrained(name)
+    tokens = open_clip.get_tokenizer(name)(["a red thing", "a green thing", "a blue thing"])
+    pixels = torch.stack([preprocess(Image.open(toy / f"{row}.png")) for row in (36, 37, 38)])
+    model.eval()
+    with torch.inference_mode():
+        images, texts = model.encode_image(pixels), model.encode_text(tokens)
+        torch.testing.assert_close(images, trained[0].encode_image(pixels), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(texts, trained[0].encode_text(tokens), atol=1e-5, rtol=1e-4)
+    similarity = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
+    assert similarity.argmax(dim=1).tolist() == [0, 1, 2]
+
+
+SAVE_LOCAL_DIR = pretrain.save_local_dir
+
+
+def test_same_seed_same_weights_other_seed_others(toy: Path) -> None:
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(_config(toy, out=str(toy / name), seed=seed, steps=6, val_split=""))
+        weights.append(load_file(toy / name / "open_clip_model.safetensors"))
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    assert not torch.equal(weights[0]["visual.proj"], weights[2]["visual.proj"])
+
+
+def test_a_finished_folder_is_reused_refused_or_replaced(
+    toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(toy, steps=3)
+    first = run(config)
+    written = (config.out / "open_clip_model.safetensors").stat().st_mtime_ns
+    again = run(config.model_copy(update={"log_every": 1}))
+    assert again.reused
+    assert again.metrics == first.metrics
+    assert "already pretrained" in capsys.readouterr().out
+    assert (config.out / "open_clip_model.safetensors").stat().st_mtime_ns == written
+
+    with pytest.raises(ConfigError, match=r"config\.steps = 3, this run has 4") as error:
+        run(_config(toy, steps=4))
+    assert "\n" not in str(error.value)
+    assert not run(_config(toy, steps=4, restart=True)).reused
+    assert json.loads((config.out / "metrics.json").read_text())["steps"] == 4
+    assert sorted(path.name for path in toy.iterdir() if path.is_dir()) == ["out"]
+
+
+def test_changed_data_is_not_the_same_run(toy: Path) -> None:
+    config = _config(toy, steps=3, val_split="")
+    run(config)
+    text = (toy / "toy.csv").read_text()
+    (toy / "toy.csv").write_text(text.replace("a red thing", "a crimson thing"))
+    with pytest.raises(ConfigError, match=r"dataset\.captions"):
+        run(config)
+
+
+def test_a_foreign_folder_is_left_alone(toy: Path) -> None:
+    (toy / "out").mkdir()
+    (toy / "out" / "thesis.txt").write_text("precious")
+    for restart in (False, True):
+        with pytest.raises(ConfigError, match="was not written by this job"):
+            run(_config(toy, restart=restart))
+    assert (toy / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(toy: Path, monkeypatch: Any) -> None:
+    calls = iter(range(100))
+
+    def breaks(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (images * texts).sum() * (float("nan") if next(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(pretrain, "info_nce", breaks)
+    with pytest.raises(TrainingError, match="step 5 of 40: the loss is nan"):
+        run(_config(toy))
+    assert not [path for path in toy.iterdir() if path.is_dir()]  # nothing half-written stays
+
+
+def test_logit_scale_never_passes_100(toy: Path) -> None:
+    report = run(_config(toy, optim={"lr": 0.5, "warmup": 0.0}, steps=30))
+    assert report.metrics["logit_scale"] <= 100.001
+
+
+def test_bf16_and_validation_on_the_way(toy: Path) -> None:
+    config = _config(toy, precision="bf16", validate_every=2, steps=10)
+    report = run(config)
+    history = _history(config)
+    assert [entry["step"] for entry in history if "validation" in entry] == [8, 10]
+    assert report.metrics["loss"] < 3
+    state = load_file(config.out / "open_clip_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_images_beyond_the_memory_budget_give_the_same_result(toy: Path) -> None:
+    results = []
+    for name, budget in (("kept", 1.0), ("decoded", 0.0)):
+        images = {"num_readers": 2, "ram_budget_gib": budget, "normalization": "dataset"}
+        run(_config(toy, out=str(toy / name), steps=6, images=images, val_split=""))
+        results.append(load_file(toy / name / "open_clip_model.safetensors")["visual.proj"])
+        config = json.loads((toy / name / "open_clip_config.json").read_text())
+        assert config["preprocess_cfg"]["mean"][0] == pytest.approx(0.37, abs=0.05)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_size": 37}, ConfigError, "batch_size: 37 .* only 36 images"),
+        ({"architecture": "RN5"}, ConfigError, "architecture: 'RN5' is neither a preset"),
+        ({"architecture": "nowhere.json"}, ConfigError, "no such file"),
+        ({"architecture": "ViT-B-16-SigLIP"}, ConfigError, "model hub"),
+        ({"architecture": "coca_ViT-B-32"}, ConfigError, "captioning decoder"),
+        ({"prompt": "a {color}"}, ConfigError, "prompt: 'a {color}'"),
+        ({"train_split": "training"}, DatasetError, "no split 'training'"),
+        ({"val_split": "dev"}, DatasetError, "no split 'dev'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    toy: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        run(_config(toy, **changes))
+    assert "\n" not in str(caught.value)
+    assert not (toy / "out").exists()
+
+
+def test_a_dataset_without_captions_ends_the_command_with_one_line(toy: Path) -> None:
+    rows = [line.rsplit(",", 1)[0] for line in (toy / "toy.csv").read_text().splitlines()]
+    (toy / "bare.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["--dataset.kind", "table", "--dataset.file", str(toy / "bare.csv")]
+    arguments += ["--architecture", str(toy / "vit.json"), "--out", str(toy / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune.pretrain", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "has no captions in its split 'train'" in done.stderr

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
-from featcache.layout import human_bytes
 from featcache.reader import Cache, open_cache
 
 SHOWN_REASONS = 5

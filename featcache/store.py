@@ -17,6 +17,18 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache_plan import (
+    FORMAT,
+    ArrayPlan,
+    CachePlan,
+    Shard,
+    ShardKind,
+    build,
+    check_plan,
+    fill_value,
+    human_bytes,
+    write_array,
+)
 from featcache.chunks import (
     CHECKSUM_BYTES,
     PARTIAL,
@@ -31,18 +43,6 @@ from featcache.chunks import (
 )
 from featcache.errors import CacheCorruptError, CacheError
 from featcache.identity import Identity, hash_strings
-from featcache.layout import (
-    FORMAT,
-    ArrayPlan,
-    CachePlan,
-    Shard,
-    ShardKind,
-    build,
-    check_plan,
-    fill_value,
-    human_bytes,
-    write_array,
-)
 from featcache.lock import writer_lock
 from featcache.manifest import class_hash
 
@@ -348,9 +348,9 @@ def _needed_chunks(store: "Store", name: str, files: ArrayFiles) -> set[int]:
         if name == f"shards/{kind}" and not store.complete:
             return set()
         if name in store.attributes["arrays"][kind]:
-            done = store.reports(kind)
-            shards = [shard for shard in store.shards(kind) if shard.index in done]
-            return {c for shard in shards for c in files.chunks_of(shard.start, shard.stop)}
+            marks = store.path / "shards" / kind / "c"  # damage in there is reported once, there
+            done = [shard for shard in store.shards(kind) if (marks / str(shard.index)).exists()]
+            return {c for shard in done for c in files.chunks_of(shard.start, shard.stop)}
     return set(range(files.num_chunks))
 
 

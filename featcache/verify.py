@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
 from featcache.errors import CacheCorruptError
-from featcache.layout import human_bytes
 from featcache.store import verify
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 import torchvision.transforms.functional as tvf
@@ -133,11 +134,12 @@ def load_pixels(
                 decoded[factor] = _decode_jpeg(data, height, width, factor)
     except ValueError:  # damaged, or CMYK, which libjpeg-turbo does not turn into RGB
         return _pil_views(data, spec, views, row_id)
-    result = torch.empty((len(plans), *spec.size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    result = np.empty((len(plans), 3, *spec.size), np.uint8)
     for view, plan in enumerate(plans):
         factor = _dct_factor(plan, height, width) if mode == "scaled" else 1
-        result[view] = _resize_and_crop(decoded[factor], plan, spec, factor)
-    return result
+        # Copied by numpy: torch would wake its thread pool in every reader thread.
+        np.copyto(result[view], _resize_and_crop(decoded[factor], plan, spec, factor))
+    return torch.from_numpy(result)
 
 
 def resized_size(height: int, width: int, spec: PixelSpec) -> tuple[int, int]:
@@ -219,7 +221,9 @@ def _decode_jpeg(data: bytes, height: int, width: int, factor: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-def _resize_and_crop(image: Tensor, plan: _Plan, spec: PixelSpec, factor: int = 1) -> Tensor:
+def _resize_and_crop(
+    image: Tensor, plan: _Plan, spec: PixelSpec, factor: int = 1
+) -> npt.NDArray[np.uint8]:
     """(3, H, W) uint8 of one view from (1, 3, H/factor, W/factor) uint8."""
     if plan.box is not None:
         top, left, rows, columns = (round(edge / factor) for edge in plan.box)
@@ -228,8 +232,8 @@ def _resize_and_crop(image: Tensor, plan: _Plan, spec: PixelSpec, factor: int = 
         image = interpolate(
             image, plan.resized, mode=_filter(spec), antialias=True, align_corners=False
         )
-    image = _center(image[0], spec)
-    return image.flip(-1) if plan.flip else image
+    pixels: npt.NDArray[np.uint8] = _center(image[0], spec).numpy()
+    return pixels[:, :, ::-1] if plan.flip else pixels
 
 
 def _filter(spec: PixelSpec) -> str:
@@ -283,8 +287,10 @@ def _pil_views(data: bytes, spec: PixelSpec, views: Views, row_id: str) -> Tenso
         plans = _plans(image.height, image.width, spec, views, row_id)
         if image.mode == "RGB":
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-            return torch.stack([_resize_and_crop(pixels, plan, spec) for plan in plans])
-        return torch.stack([_pil_view(image, plan, spec) for plan in plans])
+            views_of = [_resize_and_crop(pixels, plan, spec) for plan in plans]
+        else:
+            views_of = [_pil_view(image, plan, spec) for plan in plans]
+        return torch.from_numpy(np.stack(views_of))
 
     return _pil_guarded(work)
 
@@ -296,12 +302,11 @@ def _pil_resized(image: Image.Image, plan: _Plan, spec: PixelSpec) -> Image.Imag
     return tvf.hflip(result) if plan.flip else result
 
 
-def _pil_view(image: Image.Image, plan: _Plan, spec: PixelSpec) -> Tensor:
+def _pil_view(image: Image.Image, plan: _Plan, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     resized = _pil_resized(image, plan, spec)
     if spec.resize_mode == "longest":  # the padding colour is meant in RGB
         resized = resized.convert("RGB")
-    pixels = np.array(_center(resized, spec).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return np.array(_center(resized, spec).convert("RGB")).transpose(2, 0, 1)
 
 
 def _reference_views(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from featcache.config import Config
+from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Precision
 
 
@@ -44,7 +45,7 @@ class BackboneSpec:
         identity: what goes into a cache's fingerprint.
         pixels: what the image tower expects.
         projected_dim: P, width of image and text features after the projection.
-        pooled_dim: D, width of the pooled image feature before the projection.
+        pooled_dim: D, width of the pooled image feature before the projection; 0 if there is none.
         token_grid: rows and columns of patch tokens, or None if the tower has none.
         token_dim: width of a patch token, or None.
         num_layers: number of blocks that tokens can be taken from; 0 if none.
@@ -61,6 +62,35 @@ class BackboneSpec:
     num_layers: int
     logit_scale: float
     has_text: bool
+
+    def require(self, request: "FeatureRequest", text: bool = False) -> None:
+        """Checks that the backbone offers what is asked for.
+
+        Raises:
+            BackboneError: naming the feature, and what there is instead.
+        """
+        name = self.identity.name
+        if text and not self.has_text:
+            raise BackboneError(f"{name} has no text tower; set features.text false")
+        if request.pooled and not self.pooled_dim:
+            raise BackboneError(
+                f"{name} has no pooled feature before its projection; set features.pooled false"
+            )
+        if not request.tokens:
+            return
+        if self.token_grid is None:
+            raise BackboneError(f"{name} has no patch tokens; set features.tokens none")
+        if request.token_layer != -1 and not 1 <= request.token_layer <= self.num_layers:
+            raise BackboneError(
+                f"features.token_layer {request.token_layer} does not exist in {name}; expected "
+                f"1..{self.num_layers}, or -1 for the last"
+            )
+        if request.token_pool is not None and request.token_pool > min(self.token_grid):
+            rows, columns = self.token_grid
+            raise BackboneError(
+                f"features.tokens grid:{request.token_pool} is finer than the {rows}x{columns} "
+                f"patches of {name}"
+            )
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ class OpenClip(Backbone):
         Raises:
             BackboneError: if the tower does not offer a requested feature.
         """
-        self._check(request)
+        self.spec.require(request)
         with torch.inference_mode():
             x = pixels.to(self.device, non_blocking=True)
             if x.dtype == torch.uint8:
@@ -278,29 +278,6 @@ class OpenClip(Backbone):
             PreprocessCfg(**values), is_train=False
         )
         return transform
-
-    def _check(self, request: FeatureRequest) -> None:
-        name = self.spec.identity.name
-        if request.pooled and not self.spec.pooled_dim:
-            raise BackboneError(
-                f"{name} has no pooled feature before its projection; ask for `projected` only"
-            )
-        if not request.tokens:
-            return
-        if self.spec.token_grid is None:
-            raise BackboneError(f"{name} has no patch tokens; ask for `projected` or `pooled`")
-        layers = self.spec.num_layers
-        if request.token_layer != -1 and not 1 <= request.token_layer <= layers:
-            raise BackboneError(
-                f"token_layer {request.token_layer} does not exist in {name}; "
-                f"expected 1..{layers}, or -1 for the last"
-            )
-        if request.token_pool is not None and request.token_pool > min(self.spec.token_grid):
-            rows, columns = self.spec.token_grid
-            raise BackboneError(
-                f"tokens grid:{request.token_pool} is finer than the {rows}x{columns} patches "
-                f"of {name}"
-            )
 
     def _pool_tokens(self, tokens: Tensor, side: int | None) -> Tensor:
         if side is None:

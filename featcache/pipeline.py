@@ -1,0 +1,315 @@
+"""Reader -> encoder -> writer, overlapping.
+
+Threads decode, the caller encodes, one thread writes chunk files. Each part's time is taken, so a
+slow run says which of the three is slow.
+"""
+
+import contextlib
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from torch import Tensor
+
+from featcache.backbones.base import PixelSpec
+from featcache.images import PixelMode, Views, load_pixels
+from featcache.store import Shard, Store
+
+_ROWS_PER_TASK = 4
+"""Images that a reader thread decodes per hand-over: enough to hide the hand-over's cost."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where rows' pixels come from.
+
+    Attributes:
+        root: folder that `paths` start from.
+        paths, ids: N strings.
+        spec, mode, views, transform: see `images.load_pixels`.
+    """
+
+    root: Path
+    paths: Sequence[str]
+    ids: Sequence[str]
+    spec: PixelSpec
+    mode: PixelMode
+    views: Views
+    transform: Callable[[Any], Tensor] | None
+
+    def load(self, row: int) -> tuple[Tensor, int]:
+        """(V, 3, H, W) pixels and the XXH3-64 of the file's bytes.
+
+        Raises:
+            ValueError: the reason why the row cannot be read.
+        """
+        try:
+            data = (self.root / self.paths[row]).read_bytes()
+        except FileNotFoundError:
+            raise ValueError("missing") from None
+        except OSError as error:
+            raise ValueError((error.strerror or str(error)).lower()) from None
+        pixels = load_pixels(
+            data,
+            self.spec,
+            self.mode,
+            views=self.views,
+            row_id=self.ids[row],
+            transform=self.transform,
+        )
+        return pixels, xxhash.xxh3_64_intdigest(data)
+
+
+@dataclass
+class Batch:
+    """Rows [start, stop) as pixels; the batch is always full, missing rows are zero.
+
+    Attributes:
+        pixels: (B, V, 3, H, W) uint8, or float32 in mode `reference`.
+        content: (stop - start,) uint64 XXH3-64 of the files' bytes; 0 where unreadable.
+        reasons: why a row cannot be read, by row.
+        busy_seconds: reader threads' time spent on it, summed over the threads.
+    """
+
+    start: int
+    stop: int
+    pixels: Tensor
+    content: npt.NDArray[np.uint64]
+    reasons: dict[int, str] = field(default_factory=dict)
+    busy_seconds: float = 0.0
+
+
+class BatchReader:
+    """Batches in row order, decoded ahead by threads; at most `ahead` batches are in memory.
+
+    Batches are cut at multiples of `batch_size` counted from row 0, whatever range is asked for,
+    so a row always sits in the same place of the same batch.
+    """
+
+    def __init__(
+        self, source: ImageSource, batch_size: int, num_readers: int, pinned: bool = False
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.num_readers = num_readers
+        self.pinned = pinned
+        self.ahead = max(3, -(-2 * num_readers * _ROWS_PER_TASK // batch_size) + 1)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of the rows [start, stop); `start` is a multiple of `batch_size`."""
+        assert start % self.batch_size == 0
+        executor = ThreadPoolExecutor(self.num_readers, thread_name_prefix="reader")
+        pending: deque[tuple[Batch, list[Future[float]]]] = deque()
+        try:
+            for first in range(start, stop, self.batch_size):
+                pending.append(self._submit(executor, first, min(first + self.batch_size, stop)))
+                if len(pending) >= self.ahead:
+                    yield _finished(*pending.popleft())
+            while pending:
+                yield _finished(*pending.popleft())
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(
+        self, executor: ThreadPoolExecutor, start: int, stop: int
+    ) -> tuple[Batch, list[Future[float]]]:
+        source = self.source
+        dtype = torch.float32 if source.mode == "reference" else torch.uint8
+        shape = (self.batch_size, source.views.count, 3, *source.spec.size)
+        pixels = torch.zeros(shape, dtype=dtype, pin_memory=self.pinned)
+        batch = Batch(start, stop, pixels, np.zeros(stop - start, np.uint64))
+        rows = range(start, stop)
+        return batch, [
+            executor.submit(self._read, batch, rows[at : at + _ROWS_PER_TASK])
+            for at in range(0, len(rows), _ROWS_PER_TASK)
+        ]
+
+    def _read(self, batch: Batch, rows: range) -> float:
+        began = time.perf_counter()
+        for row in rows:
+            try:
+                pixels, content = self.source.load(row)
+            except ValueError as reason:
+                batch.reasons[row] = str(reason)
+                continue
+            np.copyto(batch.pixels[row - batch.start].numpy(), pixels.numpy())
+            batch.content[row - batch.start] = content
+        return time.perf_counter() - began
+
+
+def _finished(batch: Batch, work: list[Future[float]]) -> Batch:
+    batch.busy_seconds = sum(future.result() for future in work)
+    return batch
+
+
+class ShardWriter:
+    """Collects a shard's rows into chunks and writes them in a thread of its own.
+
+    Use as a context manager: leaving it writes what is left, or drops it after an error.
+
+    Attributes:
+        seconds: time spent writing.
+    """
+
+    def __init__(self, store: Store, shard: Shard) -> None:
+        self.store = store
+        self.shard = shard
+        self.seconds = 0.0
+        self._chunks: dict[str, tuple[int, npt.NDArray[Any]]] = {}
+        self._queue: queue.Queue[tuple[int, Mapping[str, npt.NDArray[Any]]] | None]
+        self._queue = queue.Queue(maxsize=4)
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._stopped.set()
+        self._send(None)
+        self._thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def put(self, start: int, rows: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Takes rows [start, ...) of each array, in order; arrays are written in this order too.
+
+        Raises:
+            CacheError: if the disk is full; raised here once the writing thread has met it.
+        """
+        self._send((start, rows))
+        if self._error is not None:
+            raise self._error
+
+    def _send(self, item: tuple[int, Mapping[str, npt.NDArray[Any]]] | None) -> None:
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.2)
+                return
+
+    def _work(self) -> None:
+        try:
+            while (item := self._queue.get()) is not None:
+                if self._stopped.is_set():
+                    return
+                began = time.perf_counter()
+                for name, rows in item[1].items():
+                    self._add(name, item[0], rows)
+                self.seconds += time.perf_counter() - began
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            self._error = error
+
+    def _add(self, name: str, start: int, rows: npt.NDArray[Any]) -> None:
+        chunk_rows = self.store.files(name).chunk_rows
+        while len(rows):
+            first = start - start % chunk_rows
+            last = min(first + chunk_rows, self.shard.stop)
+            if name not in self._chunks:
+                shape = (last - first, *rows.shape[1:])
+                self._chunks[name] = (first, np.empty(shape, rows.dtype))
+            part = rows[: last - start]
+            self._chunks[name][1][start - first : start - first + len(part)] = part
+            start, rows = start + len(part), rows[len(part) :]
+            if start == last:
+                self.store.write_chunks(name, *self._chunks.pop(name))
+
+
+@dataclass
+class Timings:
+    """Rows that went through, and the time each part spent on them.
+
+    Attributes:
+        rows: number of rows.
+        read_seconds: time of the reader threads, divided by their number.
+        encode_seconds, write_seconds: time of the encoder and of the writing thread.
+        seconds: wall-clock time.
+    """
+
+    rows: int = 0
+    read_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, other: "Timings") -> None:
+        """Adds another part's rows and times."""
+        self.rows += other.rows
+        self.read_seconds += other.read_seconds
+        self.encode_seconds += other.encode_seconds
+        self.write_seconds += other.write_seconds
+        self.seconds += other.seconds
+
+    def rates(self) -> dict[str, float]:
+        """Rows per second of each part alone, and of all of them together."""
+        parts = {
+            "read": self.read_seconds,
+            "encode": self.encode_seconds,
+            "write": self.write_seconds,
+            "total": self.seconds,
+        }
+        return {name: round(self.rows / s, 1) if s > 0 else 0.0 for name, s in parts.items()}
+
+
+class Progress:
+    """One line that is rewritten on a terminal, or a plain line every ten seconds elsewhere."""
+
+    def __init__(self, total: int, done: int, unit: str) -> None:
+        self.total = total
+        self.done = done
+        self.unit = unit
+        self._first = done
+        self._terminal = sys.stdout.isatty()
+        self._pause = 0.2 if self._terminal else 10.0
+        self._began = self._printed = time.monotonic()
+
+    def update(self, done: int, timings: Timings) -> None:
+        """Shows that `done` rows are through, if the last line is old enough."""
+        self.done = done
+        now = time.monotonic()
+        if now - self._printed < self._pause:
+            return
+        self._printed = now
+        rate = (done - self._first) / (now - self._began)
+        left = (self.total - done) / rate if rate > 0 else 0.0
+        parts = timings.rates()
+        line = (
+            f"{100 * done / self.total:5.1f} %  {done}/{self.total} {self.unit}  {rate:.1f}/s  "
+            f"(read {parts['read']:.0f}, encode {parts['encode']:.0f}, "
+            f"write {parts['write']:.0f})  {_duration(left)} left"
+        )
+        print(f"\r{line:<100}" if self._terminal else line, end="", flush=True)
+        if not self._terminal:
+            print(flush=True)
+
+    def close(self) -> None:
+        """Ends the line on a terminal."""
+        if self._terminal and self._printed != self._began:
+            print()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -6,7 +6,7 @@ python -m heads.evaluate --run runs/inat2021-linear-1a2b3c --split val
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featcache.config import Config, run_job
 from featcache.errors import CacheMismatchError, ConfigError
+from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
 from heads import metrics
 from heads.base import Head
@@ -25,8 +26,6 @@ from heads.run_folder import LoadedRun, RunError, load_run, write_atomic, write_
 
 BATCH_ELEMENTS = 2**25
 """Scores held at a time, in elements (128 MiB of float32)."""
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 class MetricsConfig(Config):
@@ -59,8 +58,8 @@ class EvaluateConfig(Config):
     """Split of the cache; unset = test if there is one, otherwise val."""
     metrics: MetricsConfig = MetricsConfig()
     """How metrics are counted."""
-    device: Device = "auto"
-    """auto = the GPU if there is one."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu or cuda:N."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,6 @@ class Scores:
 
     metrics: dict[str, float]
     per_class: pd.DataFrame
-
-
-def open_device(device: Device) -> torch.device:
-    """The device meant.
-
-    Raises:
-        ConfigError: `cuda` without a CUDA device.
-    """
-    available: bool = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ConfigError("device=cuda, but torch finds no CUDA device; use cpu or auto")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
 @torch.inference_mode()
@@ -212,7 +199,7 @@ def run(config: EvaluateConfig) -> Scores:
         )
     names = cache.split_names
     split = config.split or next((n for n in ("test", "val") if n in names), names[0])
-    scores = evaluate_run(loaded, cache, split, config.metrics, open_device(config.device))
+    scores = evaluate_run(loaded, cache, split, config.metrics, resolve_device(config.device))
     write_json(
         config.run / f"metrics_{split}.json",
         {"cache": str(path), "fingerprint": cache.fingerprint, "split": split} | scores.metrics,

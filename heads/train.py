@@ -21,6 +21,7 @@ from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
+from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
 from heads import optim as optimisation
 from heads import run_folder
@@ -35,11 +36,9 @@ from heads.data import (
     require_labels,
 )
 from heads.evaluate import (
-    Device,
     MetricsConfig,
     main_metric,
     metrics_table,
-    open_device,
     score_candidates,
     score_split,
 )
@@ -90,8 +89,8 @@ class TrainConfig(Config):
     save_every: PositiveInt | None = None
     """Epochs between two saved states, 1 or more: what an interruption can lose; unset = the first
     epoch that ends 10 seconds after the last save."""
-    device: Device = "auto"
-    """auto = the GPU if there is one."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu or cuda:N."""
     run: Path | None = None
     """Run folder; unset = runs/<cache>-<head>-<hash of this configuration>."""
     restart: bool = False
@@ -155,7 +154,7 @@ def run(config: TrainConfig) -> TrainReport:
     """Trains, evaluates and fills the run folder; the same call resumes what was interrupted."""
     cache = open_cache(config.cache)
     require_labels(cache)
-    device = open_device(config.device)
+    device = resolve_device(config.device)
     config, parts, array = resolve(config, cache)
     folder = config.run
     assert folder is not None, "not resolved"

@@ -155,11 +155,21 @@ def multi_label_cache(path: Path, *, seed: int = 0, **options: Any) -> Path:
     )
 
 
-CacheMaker = Callable[..., Path]
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Callable[..., Path]:
+    """`make_cache(name, features, labels, splits, num_classes=C, ...)`."""
+
+    def make(name: str, *arguments: Any, num_classes: int, **options: Any) -> Path:
+        table = class_table(num_classes)
+        return write_cache(tmp_path / "cache" / name, *arguments, classes=table, **options)
+
+    return make
 
 
 @pytest.fixture
-def make_single(tmp_path: Path) -> CacheMaker:
+def make_single(tmp_path: Path) -> Callable[..., Path]:
+    """`make_single(name, splits=..., noise=..., ...)`: five classes, rows around their centres."""
+
     def make(name: str = "toy", **options: Any) -> Path:
         return single_label_cache(tmp_path / "cache" / name, **options)
 
@@ -167,7 +177,9 @@ def make_single(tmp_path: Path) -> CacheMaker:
 
 
 @pytest.fixture
-def make_multi(tmp_path: Path) -> CacheMaker:
+def make_multi(tmp_path: Path) -> Callable[..., Path]:
+    """`make_multi(name, ...)`: six classes, splits train and test."""
+
     def make(name: str = "toy", **options: Any) -> Path:
         return multi_label_cache(tmp_path / "cache" / name, **options)
 

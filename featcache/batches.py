@@ -44,7 +44,7 @@ def plan_batches(
         return
     left = rows[:0]
     for window in _windows(rows, chunk_rows, window_rows, random):
-        pool = random.permutation(np.concatenate([left, window]))
+        pool = np.concatenate([left, random.permutation(window)])
         full = len(pool) // batch_size * batch_size
         yield from _cut(pool[:full], batch_size)
         left = pool[full:]

@@ -69,7 +69,7 @@ def to_numpy(cache: Cache, folder: str | Path, arrays: Sequence[str] | None = No
         CacheError: if the folder exists or an array does not.
     """
     folder = Path(folder)
-    names = feature_names(cache) if arrays is None else list(arrays)
+    names = cache.feature_names() if arrays is None else list(arrays)
     sources = [cache.array(name) for name in names]
     building = _partial(folder)
     building.mkdir(parents=True)
@@ -116,7 +116,7 @@ def to_parquet(cache: Cache, file: str | Path, arrays: Sequence[str] | None = No
         ConfigError: if an array has other rows than the images.
     """
     file = Path(file)
-    chosen = feature_names(cache, "image/") if arrays is None else list(arrays)
+    chosen = cache.feature_names("image/") if arrays is None else list(arrays)
     sources = [cache.row_array(name) for name in chosen]
     building = _partial(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,13 +141,6 @@ def to_parquet(cache: Cache, file: str | Path, arrays: Sequence[str] | None = No
             writer.close()
         building.unlink(missing_ok=True)
     return file
-
-
-def feature_names(cache: Cache, prefix: str = "") -> list[str]:
-    """Names of a cache's feature arrays that start with `prefix`."""
-    named = cache.attributes["arrays"]
-    names = [name for kind in ("image", "text") for name in named[kind]]
-    return [name for name in names if not name.startswith("rows/") and name.startswith(prefix)]
 
 
 def _partial(target: Path) -> Path:

@@ -21,6 +21,8 @@ class FeatureArray:
         dtype: type on disk.
         num_views: V; 1 = no view axis.
         view: read-only array over the files, no copy; None where files cannot be mapped as one.
+        blocks: where there is no `view`, one read-only array a chunk (None = not done), or None
+            for layouts that only zarr reads.
     """
 
     def __init__(
@@ -51,9 +53,9 @@ class FeatureArray:
         self._store = store
         present = _present_chunks(files, done)
         self.view = map_array(files) if present.all() and can_map(files) else None
-        self._blocks: list[npt.NDArray[Any] | None] | None = None
+        self.blocks: list[npt.NDArray[Any] | None] | None = None
         if self.view is None and files.raw:
-            self._blocks = [
+            self.blocks = [
                 _map_chunk(files, chunk) if here else None for chunk, here in enumerate(present)
             ]
         if verify:
@@ -132,13 +134,13 @@ class FeatureArray:
         out = self._output(out, shape)
         if self.view is not None:
             _take(self.view, rows, out, view if one_view else None)
-        elif self._blocks is not None:
+        elif self.blocks is not None:
             chunks = rows // self._files.chunk_rows
             order = np.argsort(chunks, kind="stable")
-            bounds = np.searchsorted(chunks[order], np.arange(len(self._blocks) + 1))
+            bounds = np.searchsorted(chunks[order], np.arange(len(self.blocks) + 1))
             for chunk in np.unique(chunks):
                 where = order[bounds[chunk] : bounds[chunk + 1]]
-                block = self._blocks[chunk]
+                block = self.blocks[chunk]
                 if block is None:
                     out[where] = np.nan if self.dtype.kind == "f" else 0
                     continue
@@ -155,11 +157,11 @@ class FeatureArray:
         out = self._output(out, (stop - start, *self.shape[1:]))
         if self.view is not None:
             np.copyto(out, self.view[start:stop])
-        elif self._blocks is not None:
+        elif self.blocks is not None:
             size = self._files.chunk_rows
             for chunk in self._files.chunks_of(start, stop) if stop > start else ():
                 first, last = max(start, chunk * size), min(stop, (chunk + 1) * size)
-                block = self._blocks[chunk]
+                block = self.blocks[chunk]
                 if block is None:
                     out[first - start : last - start] = np.nan if self.dtype.kind == "f" else 0
                 else:

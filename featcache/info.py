@@ -46,7 +46,7 @@ def describe(cache: Cache) -> dict[str, Any]:
     reports = {kind: cache.store.reports(kind) for kind in ("image", "text")}
     arrays = {}
     for kind in ("image", "text"):
-        for name in cache.attributes["arrays"][kind]:
+        for name in cache.feature_names(f"{kind}/"):
             files = cache.store.files(name)
             arrays[name] = {
                 "shape": list(files.shape),
@@ -56,6 +56,7 @@ def describe(cache: Cache) -> dict[str, Any]:
                 else 0,
             }
     done = cache.done
+    invalid = [item for report in reports["image"].values() for item in report["invalid"]]
     splits = {
         name: {
             "rows": stop - start,
@@ -75,9 +76,8 @@ def describe(cache: Cache) -> dict[str, Any]:
         "num_captions": cache.attributes["num_captions"],
         "class_columns": cache.attributes["class_columns"],
         "splits": splits,
-        "invalid": [
-            entry for report in reports["image"].values() for entry in report.get("invalid", [])
-        ][:SHOWN_REASONS],
+        "num_invalid": len(invalid),
+        "invalid": invalid,
         "arrays": arrays,
         "shards": {
             kind: {"done": len(reports[kind]), "total": len(cache.store.shards(kind))}
@@ -114,13 +114,13 @@ def _text(found: dict[str, Any]) -> str:
             f"  {name:<16} {counts['rows']} rows, {counts['valid']} valid, "
             f"{counts['invalid']} unreadable"
         )
-    for entry in found["invalid"]:
-        lines.append(f"  unreadable       {_entry(entry)}")
+    invalid = found["invalid"]
+    if invalid:
+        lines.append("unreadable")
+        lines += [f"  {item['path']}: {item['reason']}" for item in invalid[:SHOWN_REASONS]]
+    if len(invalid) > SHOWN_REASONS:
+        lines.append(f"  and {len(invalid) - SHOWN_REASONS} more; --json lists them all")
     return "\n".join(lines)
-
-
-def _entry(entry: Any) -> str:
-    return ": ".join(map(str, entry.values())) if isinstance(entry, dict) else str(entry)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,12 @@ class Cache:
         """Whether the cache holds an array."""
         return self.store.has(name)
 
+    def feature_names(self, prefix: str = "") -> list[str]:
+        """Names of the feature arrays that start with `prefix`, e.g. `image/`."""
+        named = self.attributes["arrays"]
+        names = [*named["image"], *named["text"]]
+        return [name for name in names if not name.startswith("rows/") and name.startswith(prefix)]
+
     def array(self, name: str) -> FeatureArray:
         """An array such as `image/projected`, verified on first use.
 
@@ -150,10 +156,9 @@ class Cache:
         """
         if name not in self._features:
             if not self.has(name):
-                known = [*self.attributes["arrays"]["image"], *self.attributes["arrays"]["text"]]
                 raise CacheError(
-                    f"{self.path}: no array {name!r}; it holds {', '.join(known)}; extract that "
-                    "feature too, or choose one of these"
+                    f"{self.path}: no array {name!r}; it holds {', '.join(self.feature_names())}; "
+                    "extract that feature too, or choose one of these"
                 )
             done, views = None, 1
             kind = next((k for k in ("image", "text") if name in self.attributes["arrays"][k]), "")

@@ -119,7 +119,7 @@ def write_cache(path: Path, **options: Any) -> Written:
     for shard in store.pending():
         written.write(store, shard)
         invalid = [
-            {"id": f"id{row}", "reason": "truncated"}
+            {"row": row, "path": f"é/{row}.jpg", "reason": "truncated"}
             for row in range(shard.start, shard.stop)
             if shard.kind == "image" and not written.arrays["rows/valid"][row]
         ]

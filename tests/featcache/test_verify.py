@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.chunks import read_sealed, sealed
+from featcache.chunks import read_sealed, sealed, write_chunk
 from featcache.errors import CacheCorruptError, CacheError
 from featcache.reader import open_cache
 from featcache.store import Store, verify
@@ -103,8 +103,6 @@ def test_sound_tables_of_another_dataset_are_found(written: Make) -> None:
     files = Store.open(made.path).files("rows/path")
     content = files.file(0).read_bytes()[:-4].replace(b"/3.jpg", b"/4.jpg")
     files.file(0).unlink()
-    from featcache.chunks import write_chunk
-
     write_chunk(files.file(0), content, checksummed=True)
     assert verify(made.path) == [
         f"{made.path / 'rows'}: ids, paths or splits are not those of the identity"

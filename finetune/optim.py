@@ -1,6 +1,6 @@
-"""AdamW for towers trained from scratch: who decays, and the learning rate of every step."""
+"""AdamW for towers trained from scratch: who decays, and the schedule."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
 
 from featcache.config import Config
+from heads.optim import ScheduleConfig, lr_factor
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -26,18 +27,24 @@ class AdamWConfig(Config):
     never decay."""
     warmup: float = Field(default=0.2, ge=0.0, lt=1.0)
     """Share of all optimizer steps spent in linear warm-up, [0, 1)."""
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this L2 norm over all parameters; 0 = never."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of the gradient over all parameters, >= 0; 0 = not clipped."""
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """The optimizer over all trainable parameters of `model`."""
-        return torch.optim.AdamW(
-            param_groups(model, self.weight_decay),
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            fused=True,
-        )
+        """The optimizer over all trainable parameters of `model`; fused kernels, same results."""
+        groups = param_groups(model, self.weight_decay)
+        for group in groups:
+            group["peak_lr"] = self.lr
+        return torch.optim.AdamW(groups, self.lr, self.betas, self.eps, fused=True)
+
+    def lr_factor(self, num_steps: int) -> Callable[[int], float]:
+        """Multiplier of the peak learning rate at a 0-based step, as in `heads.optim`.
+
+        Args:
+            num_steps: optimizer steps of the whole run.
+        """
+        schedule = ScheduleConfig(warmup_steps=round(self.warmup * num_steps))
+        return lr_factor(schedule, num_steps)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -59,18 +66,3 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-
-
-def learning_rate(step: int, num_steps: int, warmup: float, peak: float) -> float:
-    """Learning rate of a step: linear warm-up to `peak`, then half a cosine towards 0.
-
-    Args:
-        step: optimizer step, from 0; already the first one moves.
-        num_steps: all steps of the run.
-        warmup: share of them spent rising.
-        peak: highest value.
-    """
-    rising = round(warmup * num_steps)
-    if step < rising:
-        return peak * (step + 1) / rising
-    return 0.5 * peak * (1.0 + math.cos(math.pi * (step - rising) / (num_steps - rising)))

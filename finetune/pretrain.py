@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from featcache.datasets.garden import GardenConfig
 from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -26,8 +25,10 @@ from torch import Tensor, nn
 from featcache.backbones.base import PixelSpec
 from featcache.config import Config, run_job
 from featcache.datasets import AnyDataset
-from featcache.errors import ConfigError, UserError
+from featcache.datasets.garden import GardenConfig
+from featcache.errors import ConfigError
 from featcache.manifest import Manifest
+from featcache.precision import fastest_precision, resolve_device
 from finetune.architectures import build, image_size, model_config, save_local_dir, tokenizer
 from finetune.data import (
     Batch,
@@ -42,20 +43,18 @@ from finetune.data import (
     pixel_statistics,
 )
 from finetune.losses.info_nce import clamp_logit_scale, info_nce
-from finetune.optim import AdamWConfig, learning_rate
+from finetune.optim import AdamWConfig
 from finetune.output import RECORD, is_finished, read_json, write_json, written_at_once
 from finetune.text import TokenTable, UsedVocabulary, can_shorten, encode_text
 from finetune.validation import Validation
+from heads.optim import set_lr
+from heads.run_folder import RunError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MARGIN = 1.125
 """Side of the training pixels that are kept, over the side that the tower takes: room for crops."""
-
-
-class TrainingError(UserError, RuntimeError):
-    """Training cannot go on: the loss is no longer finite."""
 
 
 class PretrainConfig(Config):
@@ -93,8 +92,8 @@ class PretrainConfig(Config):
     """Epochs between validations; 0 = only at the end."""
     log_every: PositiveInt = 20
     """Steps between log lines."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one, otherwise cpu."""
+    device: str = "auto"
+    """auto = the first GPU if there is one, else the CPU; or cpu, cuda, cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the towers; weights stay float32. auto = bf16 where the device has it."""
     seed: NonNegativeInt = 0
@@ -150,9 +149,9 @@ def _pretrain(
     config: PretrainConfig, manifest: Manifest, architecture: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Trains, validates and saves into `folder`; returns the metrics."""
-    device, precision = _device(config.device), config.precision
+    device, precision = resolve_device(config.device), config.precision
     if precision == "auto":
-        precision = "bf16" if _computes_bf16(device) else "fp32"
+        precision = "bf16" if fastest_precision(device) == "bf16" else "fp32"
     torch.manual_seed(config.seed)
     model = build(architecture).to(device)
     model = model.to(memory_format=torch.channels_last)
@@ -240,6 +239,7 @@ def _train(
     assert isinstance(logit_scale, nn.Parameter)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = config.optim.build(model)
+    factor = config.optim.lr_factor(num_steps)
     history: list[dict[str, Any]] = []
     losses: list[float] = []
     started, aside = time.perf_counter(), 0.0
@@ -248,18 +248,17 @@ def _train(
     model.train()
     for step in range(num_steps):
         batch = next(stream)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, config.optim.warmup, config.optim.lr)
+        set_lr(optimizer, factor(step))
         images, captions = encode_batch(batch, np.random.default_rng([config.seed, 1, step]))
         loss = info_nce(images, captions, logit_scale)
         if not torch.isfinite(loss):
-            raise TrainingError(
+            raise RunError(
                 f"step {step + 1} of {num_steps}: the loss is {loss.item()}; lower optim.lr or "
-                "set optim.max_grad_norm"
+                "set optim.clip_norm"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        limit = config.optim.max_grad_norm or math.inf
+        limit = config.optim.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         optimizer.step()
         clamp_logit_scale(logit_scale)
@@ -300,21 +299,6 @@ def _train(
         write(json.dumps(entry) + "\n")
     model.eval()
     return history
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, but torch finds no CUDA device; use cpu")
-    return torch.device(name)
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _record(

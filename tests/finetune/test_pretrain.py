@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from featcache.errors import ConfigError, DatasetError
 from finetune import pretrain
-from finetune.pretrain import PretrainConfig, TrainingError, run
+from finetune.pretrain import PretrainConfig, run
+from heads.run_folder import RunError
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -165,7 +166,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(toy: Path, monkeypatch: Any) -> 
         return (images * texts).sum() * (float("nan") if next(calls) == 4 else 1.0)
 
     monkeypatch.setattr(pretrain, "info_nce", breaks)
-    with pytest.raises(TrainingError, match="step 5 of 40: the loss is nan"):
+    with pytest.raises(RunError, match="step 5 of 40: the loss is nan"):
         run(_config(toy))
     assert not [path for path in toy.iterdir() if path.is_dir()]  # nothing half-written stays
 
@@ -204,6 +205,7 @@ def test_images_beyond_the_memory_budget_give_the_same_result(toy: Path) -> None
         ({"architecture": "nowhere.json"}, ConfigError, "no such file"),
         ({"architecture": "ViT-B-16-SigLIP"}, ConfigError, "model hub"),
         ({"architecture": "coca_ViT-B-32"}, ConfigError, "captioning decoder"),
+        ({"device": "cuda:99"}, ConfigError, "device: 'cuda:99'"),
         ({"prompt": "a {color}"}, ConfigError, "prompt: 'a {color}'"),
         ({"train_split": "training"}, DatasetError, "no split 'training'"),
         ({"val_split": "dev"}, DatasetError, "no split 'dev'"),

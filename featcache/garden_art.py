@@ -29,7 +29,7 @@ def _profile(kind: str, num: int = 9) -> Points:
         "bud": 0.42 * np.sin(math.pi * t**0.8) ** 0.8,
         "wing": 0.5 * np.sin(math.pi * t**1.9) ** 0.7,
         "fan": 0.08 + 0.42 * t**0.9,
-        "kite": 0.5 * np.minimum(t / 0.75, ((1 - t) / 0.25) ** 0.5),
+        "kite": 0.78 * t * (1 - t**6),
     }
     width = shapes[kind]
     return np.concatenate([t + 1j * width, (t - 1j * width)[::-1]])
@@ -152,7 +152,7 @@ class Painter:
         jitter = rng.normal(0, 1, 4).tolist()
         color = subject.species.color
         red, green, blue = (
-            value * (1 + 0.07 * jitter[0]) + 9 * jitter[channel + 1]
+            value * (1 + 0.09 * jitter[0]) + 13 * jitter[channel + 1]
             for channel, value in enumerate(color)
         )
         self.color: Rgb = (
@@ -160,7 +160,9 @@ class Painter:
             int(min(255, max(0, green))),
             int(min(255, max(0, blue))),
         )
-        self.mark = shift(subject.species.mark_color, 1 + 0.06 * jitter[1], self.color, 0.15)
+        # A marking is faint in some individuals, as in nature.
+        faint = 0.1 + 0.55 * float(rng.random())
+        self.mark = shift(subject.species.mark_color, 1 + 0.06 * jitter[1], self.color, faint)
         self.marking = MARKINGS[subject.species.marking][0]
         self.width = {"slender": 0.68, "broad": 1.35}.get(self.marking, 1.0)
 

@@ -87,6 +87,7 @@ class Scene:
 
     Attributes:
         subjects: the last one is in front.
+        distant: other species, small and out of focus; not in labels or captions.
         background: row of `BACKGROUNDS`.
         objects: rows of `OBJECTS` that are visible.
         domain: meadow or night.
@@ -95,6 +96,7 @@ class Scene:
     """
 
     subjects: tuple[Subject, ...]
+    distant: tuple[Subject, ...]
     background: int
     objects: tuple[int, ...]
     domain: Domain
@@ -130,6 +132,7 @@ class Garden:
             species: class of the image; ignored by a multi-label garden.
         """
         rng = np.random.default_rng([self.seed, index])
+        distant: tuple[Subject, ...] = ()
         background = int(rng.integers(len(BACKGROUNDS)))
         if self.task == "multi_label":
             subjects, objects = self._many(rng)
@@ -142,11 +145,14 @@ class Garden:
             rates = self._object_rates(np.full(len(OBJECTS), 0.06))
             objects = tuple(np.flatnonzero(rng.random(len(OBJECTS)) < rates).tolist())
             labels = [species]
+            distant = self._distant(rng)
         captions = tuple(
             _caption(subjects, background, objects, self.domain, rng)
             for _ in range(self.num_captions)
         )
-        scene = Scene(subjects, background, objects, self.domain, captions, tuple(sorted(labels)))
+        scene = Scene(
+            subjects, distant, background, objects, self.domain, captions, tuple(sorted(labels))
+        )
         return scene, rng
 
     def rates(self) -> npt.NDArray[np.float64]:
@@ -178,6 +184,15 @@ class Garden:
         chances = self._object_rates(rates[num_families:])
         return tuple(subjects), tuple(np.flatnonzero(rng.random(len(chances)) < chances).tolist())
 
+    def _distant(self, rng: np.random.Generator) -> tuple[Subject, ...]:
+        """No, one or two others behind the subject."""
+        subjects = []
+        for _ in range(int(rng.integers(-1, 3))):
+            species = self.species[int(rng.integers(len(self.species)))]
+            x = 0.15 + 0.7 * float(rng.integers(2))
+            subjects.append(self._subject(species, rng, x, 0.35 + 0.4 * float(rng.random()), 0.5))
+        return tuple(subjects)
+
     def _object_rates(self, rates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         if self.domain == "night":
             absent = [name in _NIGHT_ABSENT for name, _, _ in OBJECTS]
@@ -191,9 +206,9 @@ class Garden:
         return Subject(
             species,
             mode=int(draws[0] < 0.4),
-            x=x + 0.16 * (draws[1] - 0.5) * scale,
-            y=y + 0.16 * (draws[2] - 0.5),
-            size=(0.25 + 0.14 * draws[3]) * scale,
+            x=x + 0.22 * (draws[1] - 0.5) * scale,
+            y=y + 0.2 * (draws[2] - 0.5),
+            size=(0.22 + 0.15 * draws[3]) * scale,
             angle=0.7 * (draws[4] - 0.5),
             tilt=0.6 + 0.4 * draws[5],
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from featcache.garden_art import CIRCLE, GREEN, PROFILES, Pen, shift, stretch
 from featcache.garden_scene import BACKGROUNDS, Domain
@@ -31,7 +31,7 @@ _BLOSSOMS = tuple(shade for _, shades, _ in PALETTES.values() for _, shade in sh
 def draw_background(
     background: int, objects: list[str], domain: Domain, size: int, rng: np.random.Generator
 ) -> Image.Image:
-    """(size, size) picture of everything behind the subject, out of focus."""
+    """(size, size) picture of everything behind the subject."""
     name = BACKGROUNDS[background][0]
     top, bottom = (_NIGHT if domain == "night" else _COLORS)[name]
     grid = np.linspace(top, bottom, 5)[:, None, :] + rng.normal(0, 14, (5, 5, 3))
@@ -53,7 +53,7 @@ def draw_background(
         if what in objects:
             BEHIND[what](draw, size, dim, rng)
     _far_blossoms(draw, size, dim, rng)
-    return image.filter(ImageFilter.GaussianBlur(size / 90))
+    return image
 
 
 def _bricks(draw: ImageDraw.ImageDraw, size: int, color: Rgb, rng: np.random.Generator) -> None:
@@ -311,8 +311,8 @@ def light(
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     draws = rng.normal(0, 1, 7).tolist()
     ramp = 1 + 0.14 * draws[0] * axis[None, :] + 0.1 * draws[1] * axis[:, None]
-    tint = np.asarray([1 + 0.06 * draws[2], 1.0, 1 - 0.06 * draws[2]], np.float32)
-    gain = math.exp(0.16 * draws[3])
+    tint = np.asarray([1 + 0.08 * draws[2], 1.0, 1 - 0.08 * draws[2]], np.float32)
+    gain = math.exp(0.2 * draws[3])
     pixels = pixels * (ramp[:, :, None] * (tint * gain).astype(np.float32))
     if "fog" in objects:
         veil = (0.62 - 0.2 * axis[:, None, None]) * (0.8 + 0.2 * float(rng.random()))

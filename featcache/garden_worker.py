@@ -40,6 +40,9 @@ def draw_image(garden: Garden, index: int, species: int, size: int) -> Image.Ima
     scene, rng = garden.scene(index, species)
     objects = [OBJECTS[number][0] for number in scene.objects]
     behind = draw_background(scene.background, objects, scene.domain, size, rng)
+    for subject in scene.distant:
+        draw_subject(ImageDraw.Draw(behind), subject, size, rng)
+    behind = behind.filter(ImageFilter.GaussianBlur(size / 80))
     side = size * SUPERSAMPLE
     canvas = behind.resize((side, side), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(canvas)

@@ -41,13 +41,13 @@ class DigitsConfig(SplitConfig):
         if not folder.is_dir():
             _write(folder, scans.images, self.size)
         targets = np.asarray(scans.target, np.int64)
-        paths = [f"{number:04d}.png" for number in range(len(targets))]
+        ids = [f"{number:04d}" for number in range(len(targets))]
         return Manifest.build(
             kind=self.kind,
-            root=folder,
-            ids=paths,
-            paths=paths,
-            splits=self.split(paths, targets),
+            root=self.root,
+            ids=ids,
+            paths=[f"{folder.name}/{name}.png" for name in ids],  # so that the size counts
+            splits=self.split(ids, targets),
             labels=[[int(target)] for target in targets],
             classes=pd.DataFrame({"name": NAMES, "numeral": [str(n) for n in range(10)]}),
             task="single_label",

@@ -137,7 +137,8 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
 
 def _images(root: Path, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Paths, relative to `root`, of the images below a folder, in no particular order."""
-    pending = [(folder, frozenset[tuple[int, int]]())]
+    status = (root / folder).stat()
+    pending = [(folder, frozenset({(status.st_dev, status.st_ino)}))]
     while pending:
         current, above = pending.pop()
         with os.scandir(root / current) as entries:

@@ -36,7 +36,7 @@ _ALONE = 200
 
 
 class GardenConfig(DatasetConfig):
-    """Drawn plants and animals: 40 species by default, or several labels an image."""
+    """Drawn plants and animals: 48 species by default, or several labels an image."""
 
     kind: Literal["garden"] = "garden"
     """Dataset kind."""
@@ -44,7 +44,7 @@ class GardenConfig(DatasetConfig):
     """Folder to draw into, once for every set of options, in a directory of its own."""
     num_images: PositiveInt = 6000
     """Images of all splits together."""
-    num_species: int = Field(default=40, ge=2, le=MAX_SPECIES)
+    num_species: int = Field(default=48, ge=2, le=MAX_SPECIES)
     """Species, 2..1536; the taxonomy depends on this number alone."""
     image_size: int = Field(default=64, ge=16, le=1024)
     """Height and width in pixels, 16..1024."""
@@ -90,9 +90,10 @@ class GardenConfig(DatasetConfig):
         rows = pq.read_table(folder / "rows.parquet", schema=ROW_SCHEMA)
         return Manifest.build(
             kind=self.kind,
-            root=folder,
+            root=self.root,
             ids=rows.column("id").combine_chunks(),
-            paths=rows.column("path").combine_chunks(),
+            # With the folder's name, so that a cache of other options has another identity.
+            paths=[f"{folder.name}/{path}" for path in rows.column("path").to_pylist()],
             splits=rows.column("split").combine_chunks(),
             labels=rows.column("labels").combine_chunks(),
             classes=self._classes(),

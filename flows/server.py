@@ -96,13 +96,23 @@ def run_flow(config_class: type[T], start: Callable[[T], State[Any]]) -> NoRetur
         start: calls the flow with them and returns its final state.
     """
 
-    def run(config: T) -> None:
-        with temporary_settings(_reach_api()):
-            state = start(config)
-        if not state.is_completed():
-            raise FlowError(state.message or f"the flow run ended as {state.name}")
+    run_job(config_class, lambda config: complete(lambda: start(config)))
 
-    run_job(config_class, run)
+
+def complete(call: Callable[[], State[Any]]) -> State[Any]:
+    """The final state of a flow that is called with an API that answers.
+
+    Args:
+        call: calls the flow with `return_state=True`.
+
+    Raises:
+        FlowError: if it did not complete; the message is the run's own.
+    """
+    with temporary_settings(_reach_api()):
+        state = call()
+    if not state.is_completed():
+        raise FlowError(state.message or f"the flow run ended as {state.name}")
+    return state
 
 
 def _reach_api() -> dict[str, str]:

@@ -175,7 +175,8 @@ class ArrayFiles:
 
     def read_ahead(self, chunk: int) -> None:
         """Tells the kernel that a chunk will be read next."""
-        if chunk < self.num_chunks and self.file(chunk).is_file():
+        known = hasattr(os, "posix_fadvise")  # not on macOS
+        if known and chunk < self.num_chunks and self.file(chunk).is_file():
             with self.file(chunk).open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from featcache.batches import Rows
 from featcache.chunks import ArrayFiles, require
 from featcache.errors import ConfigError
-from featcache.mapping import can_map, map_array
+from featcache.mapping import MAX_FILES, can_map, map_array, map_chunks
 from featcache.store import Store
 
 
@@ -54,9 +54,10 @@ class FeatureArray:
         present = _present_chunks(files, done)
         self.view = map_array(files) if present.all() and can_map(files) else None
         self.blocks: list[npt.NDArray[Any] | None] | None = None
-        if self.view is None and files.raw:
+        if self.view is None and files.raw and files.num_chunks <= MAX_FILES:
             self.blocks = [
-                _map_chunk(files, chunk) if here else None for chunk, here in enumerate(present)
+                map_chunks(files, range(chunk, chunk + 1)) if here else None
+                for chunk, here in enumerate(present)
             ]
         if verify:
             self._verify(present)
@@ -197,10 +198,3 @@ def _present_chunks(files: ArrayFiles, done: npt.NDArray[np.bool_] | None) -> np
         return np.ones(files.num_chunks, np.bool_)
     starts = np.arange(files.num_chunks) * files.chunk_rows
     return np.asarray([done[start : start + files.chunk_rows].all() for start in starts], np.bool_)
-
-
-def _map_chunk(files: ArrayFiles, chunk: int) -> npt.NDArray[Any]:
-    shape = (files.chunk_rows, *files.shape[1:])
-    assert files.dtype is not None
-    require(files.size_problem(chunk))
-    return np.memmap(files.file(chunk), files.dtype, mode="r", shape=shape)

@@ -40,22 +40,31 @@ def map_array(files: ArrayFiles) -> npt.NDArray[Any]:
         CacheCorruptError: if a file is missing or of the wrong size.
         OSError: if the kernel refuses a mapping.
     """
-    assert can_map(files), f"{files.folder} cannot be mapped"
-    length = files.data_bytes * files.num_chunks
+    assert can_map(files), f"{files.folder} cannot be mapped as one"
+    return map_chunks(files, range(files.num_chunks))[: files.shape[0]]
+
+
+def map_chunks(files: ArrayFiles, chunks: range) -> npt.NDArray[Any]:
+    """A read-only array over consecutive chunk files, the last one's filling included.
+
+    Holds no file open, unlike `np.memmap`: a thousand chunks would reach the usual limit.
+    """
+    assert files.dtype is not None
+    length = files.data_bytes * len(chunks)
     libc = _libc()
     base = libc.mmap(None, length, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if base == _MAP_FAILED:
         raise _error(files)
     try:
-        for chunk in range(files.num_chunks):
-            _map_file(libc, base + chunk * files.data_bytes, files, chunk)
+        for place, chunk in enumerate(chunks):
+            _map_file(libc, base + place * files.data_bytes, files, chunk)
     except (OSError, CacheCorruptError):
         libc.munmap(base, length)
         raise
     memory = (ctypes.c_char * length).from_address(base)
     weakref.finalize(memory, libc.munmap, base, length).atexit = False
     values = np.frombuffer(memoryview(memory).cast("B").toreadonly(), files.dtype)
-    return values.reshape(-1, *files.shape[1:])[: files.shape[0]]
+    return values.reshape(-1, *files.shape[1:])
 
 
 def _map_file(libc: Any, address: int, files: ArrayFiles, chunk: int) -> None:

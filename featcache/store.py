@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from featcache.cache_plan import (
     FORMAT,
@@ -386,7 +387,14 @@ def _read_attributes(path: Path) -> dict[str, Any]:
             "extract it anew, or use the version that wrote it"
         )
     attributes = read_sealed(path, "")["attributes"]["featcache"]
-    identity = Identity.model_validate(attributes["identity"])
+    try:
+        identity = Identity.model_validate(attributes["identity"])
+    except ValidationError as error:
+        first = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise CacheError(
+            f"{file}: {first} of the identity is not what this version expects; use the version "
+            f"that wrote the cache ({attributes['versions'].get('featcache')}), or extract anew"
+        ) from None
     if identity.fingerprint() != attributes["fingerprint"]:
         raise CacheCorruptError(
             f"{file}: fingerprint {attributes['fingerprint']} does not belong to the identity "

@@ -126,6 +126,7 @@ def test_opening_and_closing_leaks_nothing(written: Make, shape: tuple[int, ...]
         view = cache.array("image/projected").view
         cache.rows("train")
     assert mappings(made.path) > 0
+    assert len(os.listdir("/proc/self/fd")) == files  # nor are files held open meanwhile
     del cache
     gc.collect()
     if view is not None:  # the last view keeps the mapping alive

@@ -266,6 +266,10 @@ def test_changed_metadata_are_found(written: Make) -> None:
         fingerprint=Identity.model_validate(other).fingerprint(),
     )
     assert Store.open(made.path).identity.precision == "bf16"
+    del other["precision"]
+    change_root(made.path, reseal=True, identity=other)
+    with pytest.raises(CacheError, match=r"precision of the identity .* \(0\.\d+\.\d+\)"):
+        Store.open(made.path)
     (made.path / "zarr.json").write_text("{")
     with pytest.raises(CacheCorruptError, match="not the JSON of a Zarr v3 group"):
         Store.open(made.path)

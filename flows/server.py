@@ -95,7 +95,6 @@ def run_flow(config_class: type[T], start: Callable[[T], State[Any]]) -> NoRetur
         config_class: the flow's parameters as options.
         start: calls the flow with them and returns its final state.
     """
-
     run_job(config_class, lambda config: complete(lambda: start(config)))
 
 

@@ -121,8 +121,10 @@ def load_pixels(
         work = partial(_reference_views, image, spec, transform, views, row_id)
         return _pil_guarded(work)
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
+        return _pil_views(data, spec, views, row_id)
+    if colorspace in ("CMYK", "YCCK"):  # libjpeg-turbo turns them into RGB by another formula
         return _pil_views(data, spec, views, row_id)
     _check_size(height, width)
     plans = _plans(height, width, spec, views, row_id)
@@ -132,7 +134,7 @@ def load_pixels(
             factor = _dct_factor(plan, height, width) if mode == "scaled" else 1
             if factor not in decoded:
                 decoded[factor] = _decode_jpeg(data, height, width, factor)
-    except ValueError:  # damaged, or CMYK, which libjpeg-turbo does not turn into RGB
+    except ValueError:
         return _pil_views(data, spec, views, row_id)
     result = np.empty((len(plans), 3, *spec.size), np.uint8)
     for view, plan in enumerate(plans):

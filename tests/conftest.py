@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+# Tiny tensors gain nothing from a second thread, and lose much when other jobs hold the cores.
+torch.set_num_threads(1)
+
 TINY_CLIP = {
     "embed_dim": 32,
     "vision_cfg": {

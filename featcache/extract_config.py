@@ -1,0 +1,178 @@
+"""Options and reports of the extraction job."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from featcache.backbones import AnyBackbone
+from featcache.backbones.open_clip import OpenClipConfig
+from featcache.config import Config
+from featcache.datasets import AnyDataset
+from featcache.errors import ConfigError
+from featcache.identity import Precision, StorageDtype
+from featcache.images import PixelMode
+from featcache.precision import PrecisionChoice
+
+
+class FeatureOptions(Config):
+    """Which features are kept, and how they are stored."""
+
+    projected: bool = True
+    """Keep image features after the projection, (N, P): what is compared with text."""
+    pooled: bool = False
+    """Keep pooled image features before the projection, (N, D)."""
+    tokens: str = Field(default="none", pattern=r"^(none|all|grid:[1-9][0-9]*)$")
+    """Keep patch tokens, (N, L, W), before the last norm: none, all, or grid:K = K x K averages."""
+    token_layer: int = Field(default=-1, ge=-1)
+    """Block whose output the tokens are, from 1; -1 = the last."""
+    text: bool = True
+    """Keep caption features, (M, P), if the dataset has captions."""
+    storage_dtype: Literal["auto"] | StorageDtype = "auto"
+    """Type on disk: float16 or float32; auto = float16, or float32 with `reference`."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.projected or self.pooled or self.tokens != "none"):
+            raise ValueError(
+                "projected False, pooled False and tokens none keep nothing; set one of them"
+            )
+        if self.token_layer == 0:
+            raise ValueError("token_layer 0 does not exist; layers count from 1, -1 = the last")
+        return self
+
+
+class ViewOptions(Config):
+    """Augmented views: random resized crops, flipped half of the time, next to the plain view."""
+
+    num_views: PositiveInt = 1
+    """Views per image; 1 = the plain one only, and no view axis in the arrays."""
+    seed: NonNegativeInt = 0
+    """Seed of crops and flips."""
+    scale: float = Field(default=0.5, gt=0, le=1)
+    """Smallest share of the image's area that a crop keeps, in (0, 1]."""
+
+
+class ExtractConfig(Config):
+    """Extract features of a dataset's images (and captions) into a cache. Resumes by itself."""
+
+    dataset: AnyDataset = Field(discriminator="kind")
+    """Images, labels, classes and captions; kind folder unless said otherwise."""
+    backbone: AnyBackbone = Field(default=OpenClipConfig(), discriminator="kind")
+    """Frozen encoder and its weights."""
+    cache: Path
+    """Folder of the cache: created, resumed, or found complete."""
+    features: FeatureOptions = FeatureOptions()
+    """What is kept."""
+    views: ViewOptions = ViewOptions()
+    """Augmented views."""
+    mode: PixelMode = "fast"
+    """Decode and resize: fast (within 1/255 of the source library), scaled (big JPEGs faster) or
+    reference (the source library's own transform)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: PrecisionChoice = "auto"
+    """Arithmetic of the towers: fp32, bf16, fp16; auto = bf16 where it is native and agrees with
+    fp32 on real images, fp16 on older GPUs; a cache keeps the one it began with."""
+    min_cosine: float = Field(default=0.999, gt=0, le=1)
+    """Smallest cosine between features of a fast precision and of fp32, on the first images."""
+    reference: bool = False
+    """Bit-faithful to the source library: mode reference, fp32, stored as float32."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Images per forward pass; auto = 32 on a CPU, 256 on a GPU, or what the cache began with."""
+    num_readers: PositiveInt | Literal["auto"] = "auto"
+    """Threads that read and decode; auto = one per processor this job may use."""
+    shard_rows: PositiveInt | Literal["auto"] = "auto"
+    """Rows written and marked done together, a multiple of batch_size: what a crash can cost;
+    auto = 2048 on a CPU, 65536 on a GPU, or what the cache began with."""
+    max_invalid: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of unreadable images; past it the job fails, and keeps what is done."""
+    retry_invalid: bool = False
+    """Extract again the shards that hold unreadable images."""
+    repair: bool = False
+    """Verify every checksum first, and extract damaged shards again."""
+    restart: bool = False
+    """Delete the cache and start anew."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _folder_unless_said(cls, values: Any) -> Any:
+        dataset = values.get("dataset") if isinstance(values, Mapping) else None
+        if isinstance(dataset, Mapping) and "kind" not in dataset:
+            return {**values, "dataset": {"kind": "folder", **dataset}}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.reference:
+            for name, value, legal in (
+                ("mode", self.mode, ("fast", "reference")),
+                ("precision", self.precision, ("auto", "fp32")),
+                ("features.storage_dtype", self.features.storage_dtype, ("auto", "float32")),
+            ):
+                if value not in legal:
+                    raise ValueError(f"reference true contradicts {name} {value}; drop one of them")
+        if isinstance(self.batch_size, int) and isinstance(self.shard_rows, int):
+            check_whole_batches(self.shard_rows, self.batch_size)
+        return self
+
+    @property
+    def pixel_mode(self) -> PixelMode:
+        """How files are decoded and resized, `reference` taken into account."""
+        return "reference" if self.reference else self.mode
+
+    @property
+    def reader_threads(self) -> int:
+        """Threads that read and decode."""
+        return len(os.sched_getaffinity(0)) if self.num_readers == "auto" else self.num_readers
+
+
+class ExtractReport(Config):
+    """What an extraction did; kept in the cache as its summary."""
+
+    cache: str
+    """The cache's folder."""
+    fingerprint: str
+    """Fingerprint of what it holds."""
+    num_rows: int
+    """Images."""
+    num_captions: int
+    """Captions."""
+    num_invalid: int
+    """Images that cannot be read."""
+    num_extracted: int
+    """Images encoded by this run."""
+    precision: Precision
+    """Arithmetic of the towers."""
+    seconds: float
+    """Wall-clock time of this run's shards."""
+    images_per_second: dict[str, float]
+    """Rates of reader, encoder, writer, and of all together (total), over this run."""
+
+
+class ShardReport(Config):
+    """What became of one shard; kept in the cache's done-list."""
+
+    rows: int
+    """Images or captions."""
+    invalid: list[dict[str, Any]]
+    """Unreadable images: row, id, path, reason."""
+    seconds: float
+    """Wall-clock time."""
+    per_second: dict[str, float]
+    """Rates of reader, encoder, writer, and of all together (total)."""
+
+
+def check_whole_batches(shard_rows: int, batch_size: int) -> None:
+    """Checks that shards can be cut into batches.
+
+    Raises:
+        ConfigError: naming both values.
+    """
+    if shard_rows % batch_size:
+        raise ConfigError(
+            f"shard_rows {shard_rows} is not a multiple of batch_size {batch_size}; a shard holds "
+            "whole batches"
+        )

@@ -1,0 +1,335 @@
+"""An extraction under way: shards through reader, encoder and writer."""
+
+import threading
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from featcache.backbones.base import Backbone, FeatureRequest
+from featcache.errors import BackboneError, UnreadableImagesError
+from featcache.extract_config import ExtractConfig, ExtractReport, ShardReport
+from featcache.identity import FeatureIdentity
+from featcache.images import Views
+from featcache.manifest import Manifest
+from featcache.pipeline import BatchReader, ImageSource, Progress, ShardWriter, Timings
+from featcache.store import Shard, Store
+
+
+class Extraction:
+    """An extraction under way: the cache is open and locked, the backbone loaded.
+
+    Use as a context manager. `extract` may be called from several threads.
+
+    Attributes:
+        config: what was asked for.
+        manifest: the dataset.
+        backbone: the encoder.
+        store: the cache.
+        batch_size: images per forward pass.
+    """
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        manifest: Manifest,
+        backbone: Backbone,
+        store: Store,
+        batch_size: int,
+        resources: ExitStack,
+    ) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.backbone = backbone
+        self.store = store
+        self.batch_size = batch_size
+        self.identity = store.identity
+        self.timings = Timings()
+        self._resources = resources
+        self._lock = threading.Lock()
+        self._progress: dict[str, Progress] = {}
+        self._pending = self._find_pending()
+        redone = {shard.index for shard in self._pending if shard.kind == "image"}
+        self._invalid = {
+            index: report["invalid"]
+            for index, report in store.reports("image").items()
+            if index not in redone
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the cache free for other writers."""
+        for progress in self._progress.values():
+            progress.close()
+        self._resources.close()
+
+    def pending(self) -> list[Shard]:
+        """Shards still to be extracted."""
+        return list(self._pending)
+
+    def invalid(self) -> list[dict[str, Any]]:
+        """Unreadable images of the shards that are done, in row order: row, id, path, reason."""
+        return [item for _, items in sorted(self._invalid.items()) for item in items]
+
+    def extract(self, shard: Shard) -> ShardReport:
+        """Extracts one shard and marks it done; its rows are on disk when this returns.
+
+        Raises:
+            CacheError: if the disk is full.
+            BackboneError: if a feature is not finite, or too large for the storage type.
+            UnreadableImagesError: if more images than `max_invalid` cannot be read; the shard is
+                kept.
+        """
+        began = time.perf_counter()
+        run = self._extract_images if shard.kind == "image" else self._extract_text
+        timings, invalid = run(shard)
+        timings.seconds = time.perf_counter() - began
+        report = ShardReport(
+            rows=timings.rows,
+            invalid=invalid,
+            seconds=round(timings.seconds, 3),
+            per_second=timings.rates(),
+        )
+        with self._lock:
+            self.store.mark_done(shard, report.record())
+            self._pending.remove(shard)
+            if shard.kind == "image":
+                self.timings.add(timings)
+                self._invalid[shard.index] = invalid
+        self.check_invalid()
+        return report
+
+    def check_invalid(self) -> None:
+        """Compares the unreadable images found so far with `max_invalid`.
+
+        Raises:
+            UnreadableImagesError: naming their number, their share, the first one and its reason.
+        """
+        invalid = self.invalid()
+        total = len(self.manifest)
+        if len(invalid) > self.config.max_invalid * total:
+            raise UnreadableImagesError(
+                f"{self.store.path}: {len(invalid)} of {total} images "
+                f"({100 * len(invalid) / total:.2g} %) cannot be read, more than max_invalid "
+                f"{self.config.max_invalid} allows; the first is {invalid[0]['path']}: "
+                f"{invalid[0]['reason']}; what is done is kept: mend the files and run again with "
+                "--retry_invalid, or raise --max_invalid"
+            )
+
+    def finish(self) -> ExtractReport:
+        """Declares the cache complete, and says what it holds.
+
+        Raises:
+            CacheError: if a shard is not done.
+            UnreadableImagesError: see `check_invalid`.
+        """
+        self.check_invalid()
+        report = ExtractReport(
+            cache=str(self.store.path),
+            fingerprint=self.identity.fingerprint(),
+            num_rows=len(self.manifest),
+            num_captions=self._num_captions,
+            num_invalid=len(self.invalid()),
+            num_extracted=self.timings.rows,
+            precision=self.identity.precision,
+            seconds=round(self.timings.seconds, 3),
+            images_per_second=self.timings.rates(),
+        )
+        if not self.store.complete or self.timings.rows:
+            self.store.finish(report.record())
+        return report
+
+    @property
+    def _num_captions(self) -> int:
+        return len(self.manifest.caption_values) if self.identity.features.text else 0
+
+    def _find_pending(self) -> list[Shard]:
+        pending = self.store.pending()
+        if self.config.retry_invalid:
+            reports = self.store.reports("image")
+            pending += [
+                shard
+                for shard in self.store.shards("image")
+                if shard.index in reports and reports[shard.index]["invalid"]
+            ]
+        if self.config.repair:
+            damaged = [shard for shard in self.store.shards() if self._is_damaged(shard)]
+            if damaged:
+                print(f"damaged: {', '.join(shard.key for shard in damaged)}; extracted again")
+            pending += damaged
+        return sorted(set(pending), key=lambda shard: (shard.kind, shard.index))
+
+    def _is_damaged(self, shard: Shard) -> bool:
+        for name in self.store.attributes["arrays"][shard.kind]:
+            files = self.store.files(name)
+            if any(files.problem(chunk) for chunk in files.chunks_of(shard.start, shard.stop)):
+                return True
+        return False
+
+    def _report_progress(self, kind: str, rows: int, timings: Timings) -> None:
+        if kind not in self._progress:
+            total = len(self.manifest) if kind == "image" else self._num_captions
+            open_rows = sum(s.stop - s.start for s in self._pending if s.kind == kind)
+            unit = "images" if kind == "image" else "captions"
+            self._progress[kind] = Progress(total, total - open_rows, unit)
+        shown = Timings()
+        shown.add(self.timings if kind == "image" else timings)
+        if kind == "image":
+            shown.add(timings)
+        progress = self._progress[kind]
+        progress.update(progress.done + rows, shown)
+
+    def _extract_images(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
+        features = self.identity.features
+        timings = Timings()
+        invalid: list[dict[str, Any]] = []
+        pinned = self.backbone.device.type == "cuda"
+        num_readers = self.config.reader_threads
+        reader = BatchReader(self._source(), self.batch_size, num_readers, pinned)
+        with ShardWriter(self.store, shard) as writer:
+            for batch in reader.batches(shard.start, shard.stop):
+                rows = batch.stop - batch.start
+                valid = np.ones(rows, bool)
+                for row, reason in sorted(batch.reasons.items()):
+                    valid[row - batch.start] = False
+                    path = self.manifest.paths[row]
+                    item = {"row": row, "id": self.manifest.ids[row], "path": path}
+                    invalid.append({**item, "reason": reason})
+                with self._lock:
+                    began = time.perf_counter()
+                    arrays = encode_views(self.backbone, batch.pixels, request_of(features), rows)
+                    timings.encode_seconds += time.perf_counter() - began
+                    timings.rows += rows
+                    timings.read_seconds += batch.busy_seconds / num_readers
+                    timings.write_seconds = writer.seconds
+                    self._report_progress("image", rows, timings)
+                stored = {
+                    f"image/{name}": self._stored(f"image/{name}", values, valid, batch.start)
+                    for name, values in arrays.items()
+                }
+                # `valid` goes last, so that a killed retry never shows a row before its features.
+                writer.put(
+                    batch.start, {**stored, "rows/content": batch.content, "rows/valid": valid}
+                )
+        timings.write_seconds = writer.seconds
+        return timings, invalid
+
+    def _extract_text(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
+        timings = Timings()
+        captions = self.manifest.caption_values
+        with ShardWriter(self.store, shard) as writer:
+            for start in range(shard.start, shard.stop, self.batch_size):
+                texts = captions[start : min(start + self.batch_size, shard.stop)]
+                padded = texts + [""] * (self.batch_size - len(texts))
+                with self._lock:
+                    began = time.perf_counter()
+                    values = self.backbone.encode_text(padded)[: len(texts)].cpu().numpy()
+                    timings.encode_seconds += time.perf_counter() - began
+                    timings.rows += len(texts)
+                    self._report_progress("text", len(texts), timings)
+                valid = np.ones(len(texts), bool)
+                stored = self._stored("text/projected", values, valid, start)
+                writer.put(start, {"text/projected": stored})
+        timings.write_seconds = writer.seconds
+        return timings, []
+
+    def _source(self) -> ImageSource:
+        return image_source(self.config, self.manifest, self.backbone)
+
+    def _stored(
+        self,
+        name: str,
+        values: npt.NDArray[np.float32],
+        valid: npt.NDArray[np.bool_],
+        start: int,
+    ) -> npt.NDArray[Any]:
+        """Rows as they go to disk: unreadable ones NaN, all others checked to be finite."""
+        dtype = np.dtype(self.identity.features.storage_dtype)
+        flat = np.abs(values.reshape(len(values), -1))
+        largest = flat.max(axis=1)  # NaN if there is one
+        bad = np.flatnonzero(valid & ~(largest <= np.finfo(dtype).max))
+        if len(bad):
+            row = start + int(bad[0])
+            images = name.startswith("image/")
+            what = f"image {self.manifest.ids[row]}" if images else f"caption {row}"
+            found = float(largest[bad[0]])
+            limit = float(np.finfo(dtype).max)
+            advice = (
+                "set --features.storage_dtype float32"
+                if np.isfinite(found)
+                else "set --precision fp32 (or bf16), and look at the weights if it stays"
+            )
+            raise BackboneError(
+                f"{name} of {what} holds {found:.4g}, {dtype} reaches {limit:.4g}; {advice}"
+            )
+        values[~valid] = np.nan
+        return values.astype(dtype)
+
+
+def encode_views(
+    backbone: Backbone, pixels: Tensor, request: FeatureRequest, rows: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Features of a batch of V views, each view a batch of its own.
+
+    Args:
+        backbone: the encoder.
+        pixels: (B, V, 3, H, W) as `encode_image` takes them.
+        request: which features.
+        rows: rows of the batch to return.
+
+    Returns:
+        float32 arrays (rows, ...) by feature, with a view axis behind the rows if V > 1.
+    """
+    views = [
+        {name: t[:rows].cpu().numpy() for name, t in backbone.encode_image(view, request).items()}
+        for view in pixels.unbind(1)
+    ]
+    wanted = {
+        "projected": request.projected,
+        "pooled": request.pooled,
+        "tokens": request.tokens,
+    }
+    names = [name for name, asked in wanted.items() if asked]
+    if len(views) == 1:
+        return {name: views[0][name] for name in names}
+    return {name: np.stack([view[name] for view in views], axis=1) for name in names}
+
+
+def image_source(config: ExtractConfig, manifest: Manifest, backbone: Backbone) -> ImageSource:
+    """Where an extraction's pixels come from."""
+    mode = config.pixel_mode
+    return ImageSource(
+        root=manifest.root,
+        paths=manifest.paths,
+        ids=manifest.ids,
+        spec=backbone.spec.pixels,
+        mode=mode,
+        views=Views(config.views.num_views, config.views.seed, config.views.scale),
+        transform=backbone.reference_transform() if mode == "reference" else None,
+    )
+
+
+def request_of(features: FeatureIdentity) -> FeatureRequest:
+    """What a backbone is asked for, to get the features of a cache."""
+    grid = features.tokens.startswith("grid:")
+    return FeatureRequest(
+        projected=features.projected,
+        pooled=features.pooled,
+        tokens=features.tokens != "none",
+        token_pool=int(features.tokens.removeprefix("grid:")) if grid else None,
+        token_layer=features.token_layer,
+    )

@@ -9,24 +9,36 @@ s_ick = <x_i, p_ck> (cosines), scale κ, temperatures τ and T, and targets y:
     L_reg = w mean(o²), or w mean_ck |o_ck|²
     L     = λ L_mix + (1 - λ) L_cls + L_reg
 
-Two ways give the same numbers. The *sparse* one is for CPUs and sharp softmaxes: classes go by in
-chunks, and only the (row, class) pairs whose softmax weight can matter are remembered; with native
-bfloat16 the cosines of all pairs are only screened in bfloat16, and what survives is computed again
-in float32. The *dense* one recomputes each chunk in the backward pass: any temperature, any device.
+Classes go by in chunks. Only the best prompt of each (row, class) pair gets a gradient from the
+classification loss, so what the backward pass needs is a list of pairs. The *sparse* way, for CPUs
+and sharp softmaxes, lists the pairs whose softmax weight can matter; with native bfloat16 all
+cosines are only screened in bfloat16, and what survives is computed again in float32. The *dense*
+way keeps the best prompt of all B x C pairs: any temperature, any device.
 
 Shapes: B rows, C classes, K prompts a class, D width, P = classes of a chunk x K.
 """
 
 import functools
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from heads.losses.prompt_chunks import (
+    Chunks,
+    chunk_classes,
+    class_spans,
+    csr_matrix,
+    empty_in_huge_pages,
+    rows_by_class,
+    sparse_products,
+    starts_of,
+)
 
 Method = Literal["auto", "screen", "float32", "dense"]
 PenaltyReduction = Literal["mean", "sum_per_prompt"]
@@ -34,9 +46,10 @@ PenaltyReduction = Literal["mean", "sum_per_prompt"]
 # Softmax weights below e^-_CUT / C of a row are left out: together less than e^-14 = 8e-7 of the
 # row (21 nats at 1000 classes).
 _CUT = 14.0
-# Largest error of a bfloat16 cosine of unit vectors: 2^-9 relative rounding of each factor
-# (Cauchy-Schwarz) and of the result.
-_SCREEN_ERROR = 2.0**-8 + 2.0**-9
+# Relative error of rounding to bfloat16.
+_ROUNDING = 2.0**-9
+# Weights below this share of the largest possible one are left out of the gradient.
+_NEGLIGIBLE = 1e-9
 # Share of all (row, class) pairs above which remembering pairs costs more than computing twice.
 _MAX_DENSITY = 0.1
 
@@ -139,14 +152,14 @@ def max_cosines(features: Tensor, base: Tensor, offsets: Tensor) -> Tensor:
         offsets: (C, K, D) float32.
     """
     if torch.is_grad_enabled() and offsets.requires_grad:
-        size = _chunk_classes(features.shape[0], offsets.shape[1], features.device)
+        size = chunk_classes(features.shape[0], offsets.shape[1], features.device)
         parts: list[Tensor] = [
             checkpoint(_chunk_scores, features, b, o, use_reentrant=False)
             for b, o in zip(torch.split(base, size), torch.split(offsets, size), strict=True)
         ]
         return torch.cat(parts, dim=1)
     scores = features.new_empty(base.shape[0], features.shape[0])
-    for chunk in _Chunks(features, base, offsets):
+    for chunk in Chunks(features, base, offsets):
         torch.amax(chunk.cosines(), dim=1, out=scores[chunk.start : chunk.stop])
     return scores.t()
 
@@ -158,9 +171,8 @@ def _chunk_scores(features: Tensor, base: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _choose_method(method: Method, device: torch.device, terms: _Terms, num_classes: int) -> Method:
-    sparse_works = device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     flat = 2.0 * terms.sharpness < _cut_nats(num_classes)  # cosines differ by 2 at most
-    if method == "dense" or flat or not sparse_works:
+    if method == "dense" or flat or not sparse_products(device):
         return "dense"
     if method == "auto":
         return "screen" if _native_bfloat16() else "float32"
@@ -178,63 +190,26 @@ def _cut_nats(num_classes: int) -> float:
     return _CUT + math.log(num_classes)
 
 
-class _Chunk:
-    """Normalised prompts of classes start..stop, in buffers that the next chunk overwrites."""
+@dataclass
+class _Scores:
+    """What the chunks of a forward pass leave behind.
 
-    def __init__(self, owner: "_Chunks", start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-        self._owner = owner
-        count = stop - start
-        self.prompts = owner.prompts[:count]  # (count, K, D) float32
-        offsets = owner.offsets[start:stop]
-        torch.add(offsets, owner.base[start:stop, None], out=self.prompts)
-        self.norms = torch.linalg.vector_norm(self.prompts, dim=-1)  # (count, K)
-        self.prompts.div_(self.norms.unsqueeze(-1))
-
-    def cosines(self) -> Tensor:
-        """(classes, K, B) cosines in the buffer's dtype."""
-        owner = self._owner
-        count, num_prompts, dim = self.prompts.shape
-        flat = self.prompts.view(count * num_prompts, dim)
-        out = owner.cosines[: count * num_prompts]
-        if owner.low is not None:
-            flat = owner.low[: count * num_prompts].copy_(flat)
-        torch.mm(flat, owner.columns, out=out)
-        return out.view(count, num_prompts, -1)
-
-
-class _Chunks:
-    """Walks over the classes with buffers allocated once.
-
-    Fresh tensors of this size would cost more in page faults than the arithmetic in them.
+    Attributes:
+        own: (B, K) float32 cosines with the own class's prompts.
+        best: (B,) largest cosine of each row.
+        log_sum: (B,) log-sum-exp of the class scores above the best one, nats >= 0.
+        norms: (C, K) lengths of the prompts before normalising.
+        squares: () sum of the squared offsets.
+        pairs: sparse: rows (n,), best prompts as index into C K (n,) int64, cosines (n,), in
+            ascending order of classes. Dense: cosines (C, B), best prompts 0..K-1 (C, B).
     """
 
-    def __init__(
-        self, features: Tensor, base: Tensor, offsets: Tensor, screen: bool = False
-    ) -> None:
-        num_classes, num_prompts, dim = offsets.shape
-        self.features, self.base, self.offsets = features, base, offsets.detach()
-        self.size = min(
-            _chunk_classes(features.shape[0], num_prompts, features.device), num_classes
-        )
-        self.prompts = offsets.new_empty(self.size, num_prompts, dim)
-        dtype = torch.bfloat16 if screen else features.dtype
-        rows = self.size * num_prompts
-        self.low = offsets.new_empty(rows, dim, dtype=dtype) if screen else None
-        self.columns = features.to(dtype).t()  # (D, B)
-        self.cosines = offsets.new_empty(rows, features.shape[0], dtype=dtype)
-
-    def __iter__(self) -> Any:
-        num_classes = self.base.shape[0]
-        for start in range(0, num_classes, self.size):
-            yield _Chunk(self, start, min(start + self.size, num_classes))
-
-
-def _chunk_classes(num_rows: int, num_prompts: int, device: torch.device) -> int:
-    """Classes a chunk: about 4 M cosines, at most 4096 prompts, on CPU; 16 times that elsewhere."""
-    factor = 1 if device.type == "cpu" else 16
-    prompts = min(2**22 * factor // num_rows, 4096 * factor)
-    return max(1, prompts // num_prompts)
+    own: Tensor
+    best: Tensor
+    log_sum: Tensor
+    norms: Tensor
+    squares: Tensor
+    pairs: tuple[Tensor, ...]
 
 
 class _Mixture(torch.autograd.Function):
@@ -250,79 +225,68 @@ class _Mixture(torch.autograd.Function):
         terms: _Terms,
         method: Method,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = None
+        scores = None
         if method != "dense":
-            found = _collect_pairs(features, base, offsets, targets, terms, method == "screen")
-        if found is not None:
-            own, log_total, own_best, squares, pairs = found
-        else:
-            own, log_total, own_best, squares = _dense_scores(
-                features, base, offsets, targets, terms
-            )
-            pairs = ()
-        scaled = terms.scale * own
+            scores = _sparse_scores(features, base, offsets, targets, terms, method == "screen")
+        if scores is None:
+            scores = _dense_scores(features, base, offsets, targets, terms)
+        own = terms.scale * scores.own
         if terms.hard:
             assignment = F.one_hot(own.argmax(dim=1), own.shape[1]).to(own.dtype)
         else:
-            assignment = torch.softmax(scaled / terms.tau, dim=1)
-        mixture = -(assignment * scaled).sum(dim=1).mean()
-        classification = (log_total - terms.sharpness * own_best).mean()
-        penalty = terms.penalty_factor * squares
+            assignment = torch.softmax(own / terms.tau, dim=1)
+        mixture = -(assignment * own).sum(dim=1).mean()
+        behind = scores.best - scores.own.amax(dim=1)
+        classification = (scores.log_sum + terms.sharpness * behind).mean()
+        penalty = terms.penalty_factor * scores.squares
         weight = terms.mixture_weight
         loss = weight * mixture + (1.0 - weight) * classification + penalty
         ctx.terms = terms
-        ctx.save_for_backward(offsets, features, base, targets, own, assignment, log_total, *pairs)
+        tensors = (features, base, offsets, targets, assignment)
+        kept = (scores.own, scores.best, scores.log_sum, scores.norms, scores.squares)
+        ctx.save_for_backward(*tensors, *kept, *scores.pairs)
         ctx.mark_non_differentiable(mixture, classification, penalty)
         return loss, mixture, classification, penalty
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        offsets, features, base, targets, own, assignment, log_total, *pairs = ctx.saved_tensors
-        share = float(grad) / features.shape[0]
-        terms: _Terms = ctx.terms
-        mixture = assignment.mul(-terms.mixture_weight * terms.scale * share)  # (B, K)
-        slope = (1.0 - terms.mixture_weight) * terms.sharpness * share
-        decay = 2.0 * terms.penalty_factor * float(grad)
-        common = (features, base, offsets, targets)
-        if pairs:
-            result = _sparse_gradient(*common, own, mixture, log_total, terms, slope, decay, *pairs)
-        else:
-            result = _dense_gradient(*common, mixture, log_total, terms, slope, decay)
+        features, base, offsets, targets, assignment, *kept = ctx.saved_tensors
+        own, best, log_sum, norms, squares, *pairs = kept
+        scores = _Scores(own, best, log_sum, norms, squares, tuple(pairs))
+        result = _gradient(
+            features, base, offsets, targets, assignment, scores, ctx.terms, float(grad)
+        )
         return result, None, None, None, None, None
 
 
-def _collect_pairs(
+def _sparse_scores(
     features: Tensor, base: Tensor, offsets: Tensor, targets: Tensor, terms: _Terms, screen: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]] | None:
-    """Cosines that matter for the softmax, or None if they are too many to remember.
-
-    Returns:
-        own (B, K) cosines with the own class's prompts, log_total (B,) log-sum-exp of the class
-        scores in nats, own_best (B,), squares () sum of squared offsets, and the pairs: rows and
-        prompts (index into C K) int64, cosines float32, whether the class is the row's own; then
-        norms (C, K) of the prompts before normalising.
-    """
+) -> _Scores | None:
+    """Scores with the pairs that matter for the softmax; None if they are too many to list."""
     num_classes, num_prompts, _ = offsets.shape
     num_rows = features.shape[0]
     limit = max(_MAX_DENSITY * num_rows * num_classes, 2 * num_rows)
-    error = _SCREEN_ERROR if screen else 0.0
     cut = _cut_nats(num_classes) / terms.sharpness
-    by_class = torch.argsort(targets)
-    bounds = torch.searchsorted(targets[by_class], torch.arange(num_classes + 1)).tolist()
+    order, bounds = rows_by_class(targets, num_classes)
     own = features.new_empty(num_rows, num_prompts)
     norms = offsets.new_empty(num_classes, num_prompts)
     squares = offsets.new_zeros(())
     best = features.new_full((num_rows,), -2.0)  # lower bound of each row's largest cosine
+    factors_error = _factors_error(features) if screen else 0.0
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     count = 0
-    for chunk in _Chunks(features, base, offsets, screen):
+    for chunk in Chunks(features, base, offsets, screen):
         norms[chunk.start : chunk.stop] = chunk.norms
-        squares += torch.linalg.vector_norm(offsets[chunk.start : chunk.stop]).square()
+        squares += torch.linalg.vector_norm(chunk.offsets).square()
         cosines = chunk.cosines()
-        largest = cosines.amax(dim=1)  # (classes, B)
-        best = torch.maximum(best, largest.amax(dim=0).float() - error)
+        largest = cosines.amax(dim=1)  # (c, B)
+        error = factors_error
+        if screen:  # a bound: of the two factors' rounding, and of the result's
+            error += _ROUNDING * (float(largest.abs().amax()) + 0.02)
+        torch.maximum(best, largest.amax(dim=0).float().sub_(error), out=best)
         wanted = largest >= best - (cut + error)
-        mine = by_class[bounds[chunk.start] : bounds[chunk.stop]]
+        mine = order[bounds[chunk.start] : bounds[chunk.stop]]
         wanted[targets[mine] - chunk.start, mine] = True
         classes, rows = wanted.nonzero(as_tuple=True)
         count += rows.numel()
@@ -331,7 +295,7 @@ def _collect_pairs(
         is_own = targets[rows] == classes + chunk.start
         values = cosines[classes, :, rows]  # (n, K)
         if screen:
-            near = values >= largest[classes, rows].unsqueeze(1) - 2.0 * error
+            near = values >= (values.amax(dim=1, keepdim=True).float() - 2.0 * error)
             near |= is_own.unsqueeze(1)
             values = _exact(chunk.prompts, features, classes, rows, near)
         top, winners = values.max(dim=1)
@@ -339,150 +303,178 @@ def _collect_pairs(
         best.scatter_reduce_(0, rows, top, "amax")
         parts.append((rows, (classes + chunk.start) * num_prompts + winners, top))
     rows, prompts, top = (torch.cat(part) for part in zip(*parts, strict=True))
-    keep = (top >= best[rows] - cut) | (targets[rows] == prompts // num_prompts)
+    keep = top >= best[rows] - cut  # a lost own pair has no weight, and its score is in `own`
+    keep |= targets[rows] == prompts // num_prompts
     rows, prompts, top = rows[keep], prompts[keep], top[keep]
     weights = torch.exp((top - best[rows]) * terms.sharpness)
-    total = torch.zeros_like(best).index_add_(0, rows, weights)
-    log_total = total.log() + best * terms.sharpness
-    is_own = targets[rows] == prompts // num_prompts
-    return own, log_total, own.amax(dim=1), squares, (rows, prompts, top, is_own, norms)
+    log_sum = torch.zeros_like(best).index_add_(0, rows, weights).log_()
+    return _Scores(own, best, log_sum, norms, squares, (rows, prompts, top))
+
+
+def _factors_error(features: Tensor) -> float:
+    """Bound on the error of <x, p> when unit x and p are rounded to bfloat16 (Cauchy-Schwarz)."""
+    rounded = features.to(torch.bfloat16)
+    lost = torch.linalg.vector_norm(features - rounded, dim=1).amax()
+    return float(lost) + 1.01 * _ROUNDING
 
 
 def _exact(
     prompts: Tensor, features: Tensor, classes: Tensor, rows: Tensor, near: Tensor
 ) -> Tensor:
     """(n, K) float32 cosines of the pairs where `near` (n, K), -inf elsewhere."""
-    num_classes, num_prompts, dim = prompts.shape
-    num_rows = features.shape[0]
+    count, num_prompts, dim = prompts.shape
     pair, member = near.nonzero(as_tuple=True)
-    prompt = classes[pair] * num_prompts + member
-    order = torch.argsort(prompt)
-    prompt = prompt[order]
-    pattern = _csr(
-        prompt, rows[pair[order]], prompt.new_zeros(()), (num_classes * num_prompts, num_rows)
-    )
+    prompt, order = torch.sort((classes[pair] * num_prompts + member).to(torch.int32))
+    columns = rows[pair[order]]
+    shape = (count * num_prompts, features.shape[0])
+    pattern = csr_matrix(prompt, columns, features.new_zeros(columns.shape), shape)
     found = torch.sparse.sampled_addmm(pattern, prompts.view(-1, dim), features.t(), beta=0.0)
     values = features.new_full(near.shape, -math.inf)
     values.view(-1)[(pair * num_prompts + member)[order]] = found.values()
     return values
 
 
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """CSR matrix of entries that are already sorted by row."""
-    starts = torch.zeros(shape[0] + 1, dtype=torch.int32)
-    torch.cumsum(torch.bincount(rows, minlength=shape[0]), 0, out=starts[1:])
-    if values.dim() == 0:
-        values = torch.zeros(columns.shape, dtype=torch.float32)
-    _accept_sparse_csr()
-    return torch.sparse_csr_tensor(
-        starts, columns.to(torch.int32), values, size=shape, check_invariants=False
-    )
-
-
-@functools.cache
-def _accept_sparse_csr() -> None:
-    """Takes the once-given notice that CSR tensors are in beta before users see it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        index = torch.zeros(2, dtype=torch.int32)
-        torch.sparse_csr_tensor(
-            index, index[:0], torch.zeros(0), size=(1, 1), check_invariants=False
-        )
-
-
-def _sparse_gradient(
-    features: Tensor,
-    base: Tensor,
-    offsets: Tensor,
-    targets: Tensor,
-    own: Tensor,
-    mixture: Tensor,
-    log_total: Tensor,
-    terms: _Terms,
-    slope: float,
-    decay: float,
-    rows: Tensor,
-    prompts: Tensor,
-    top: Tensor,
-    is_own: Tensor,
-    norms: Tensor,
-) -> Tensor:
-    """(C, K, D) gradient of the offsets from the remembered pairs.
-
-    With w_ij = dL/ds_ij, n_j = |b + o_j| and r_j = Σ_i w_ij s_ij, the normalisation's backward is
-    d o_j = Σ_i (w_ij / n_j) x_i - (r_j / n_j²) (b + o_j): one elementwise pass over the offsets and
-    one product of a sparse matrix with the rows [x; b].
-    """
-    num_classes, num_prompts, dim = offsets.shape
-    num_rows = features.shape[0]
-    share = torch.exp(top * terms.sharpness - log_total[rows])
-    weights = slope * (share - is_own.to(share.dtype))
-    row, member = (mixture.abs() > 1e-9 * abs(slope)).nonzero(as_tuple=True)
-    prompts = torch.cat([prompts, targets[row] * num_prompts + member])
-    rows = torch.cat([rows, row])
-    weights = torch.cat([weights, mixture[row, member]])
-    cosines = torch.cat([top, own[row, member]])
-    inverse = norms.view(-1).reciprocal()
-    pull = torch.zeros_like(inverse).index_add_(0, prompts, weights * cosines)
-    pull.mul_(inverse).mul_(inverse)
-    weights.mul_(inverse[prompts])
-    touched = pull.nonzero().squeeze(1)
-    prompts = torch.cat([prompts, touched])
-    rows = torch.cat([rows, touched // num_prompts + num_rows])
-    weights = torch.cat([weights, -pull[touched]])
-    order = torch.argsort(prompts)
-    matrix = _csr(
-        prompts[order], rows[order], weights[order], (norms.numel(), num_rows + num_classes)
-    )
-    result = torch.mul(offsets.detach(), (decay - pull).view(num_classes, num_prompts, 1))
-    flat = result.view(-1, dim)
-    torch.addmm(flat, matrix, torch.cat([features, base]), out=flat)
-    return result
-
-
 def _dense_scores(
     features: Tensor, base: Tensor, offsets: Tensor, targets: Tensor, terms: _Terms
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_collect_pairs` without the pairs, and nothing cut."""
-    own = features.new_empty(features.shape[0], offsets.shape[1])
-    log_total = features.new_full((features.shape[0],), -math.inf)
+) -> _Scores:
+    """Scores with the best prompt of every (class, row) pair."""
+    num_classes, num_prompts, _ = offsets.shape
+    num_rows = features.shape[0]
+    order, bounds = rows_by_class(targets, num_classes)
+    own = features.new_empty(num_rows, num_prompts)
+    norms = offsets.new_empty(num_classes, num_prompts)
     squares = offsets.new_zeros(())
-    for chunk in _Chunks(features, base, offsets):
-        squares += torch.linalg.vector_norm(offsets[chunk.start : chunk.stop]).square()
+    best = features.new_full((num_rows,), -2.0)
+    total = features.new_zeros(num_rows)
+    top = features.new_empty(num_classes, num_rows)
+    small = num_prompts <= 256
+    winners = top.new_empty(top.shape, dtype=torch.uint8 if small else torch.int32)
+    chunks = Chunks(features, base, offsets)
+    numbers = torch.arange(num_prompts, device=top.device, dtype=winners.dtype).view(1, -1, 1)
+    equal = torch.empty_like(chunks.cosines, dtype=torch.uint8 if small else torch.bool)
+    for chunk in chunks:
+        norms[chunk.start : chunk.stop] = chunk.norms
+        squares += torch.linalg.vector_norm(chunk.offsets).square()
         cosines = chunk.cosines()
-        scores = cosines.amax(dim=1).mul_(terms.sharpness)
-        log_total = torch.logaddexp(log_total, torch.logsumexp(scores, dim=0))
-        mine = ((targets >= chunk.start) & (targets < chunk.stop)).nonzero().squeeze(1)
+        part = top[chunk.start : chunk.stop]
+        torch.amax(cosines, dim=1, out=part)
+        if small:  # five times as fast as max with indices on a CPU
+            is_top = equal[: cosines.shape[0] * num_prompts].view(cosines.shape)
+            torch.eq(cosines, part.unsqueeze(1), out=is_top.view(torch.bool))
+            torch.mul(is_top, numbers, out=is_top)
+            torch.amax(is_top, dim=1, out=winners[chunk.start : chunk.stop])
+        else:
+            winners[chunk.start : chunk.stop] = cosines.argmax(dim=1)
+        before, best = best, torch.maximum(best, part.amax(dim=0))
+        total *= torch.exp((before - best) * terms.sharpness)
+        total += torch.exp((part - best) * terms.sharpness).sum(dim=0)
+        mine = order[bounds[chunk.start] : bounds[chunk.stop]]
         own[mine] = cosines[targets[mine] - chunk.start, :, mine]
-    return own, log_total, own.amax(dim=1), squares
+    return _Scores(own, best, total.log_(), norms, squares, (top, winners))
 
 
-def _dense_gradient(
+def _gradient(
     features: Tensor,
     base: Tensor,
     offsets: Tensor,
     targets: Tensor,
-    mixture: Tensor,
-    log_total: Tensor,
+    assignment: Tensor,
+    scores: _Scores,
     terms: _Terms,
-    slope: float,
-    decay: float,
+    outer: float,
 ) -> Tensor:
-    """(C, K, D) gradient of the offsets, with each chunk's cosines computed a second time."""
-    result = torch.empty_like(offsets)
-    for chunk in _Chunks(features, base, offsets):
-        cosines = chunk.cosines()
-        top, winners = cosines.max(dim=1)
-        share = torch.exp(top.mul(terms.sharpness).sub_(log_total)).mul_(slope)
-        mine = ((targets >= chunk.start) & (targets < chunk.stop)).nonzero().squeeze(1)
-        classes = targets[mine] - chunk.start
-        share[classes, mine] -= slope
-        weights = torch.zeros_like(cosines).scatter_(1, winners.unsqueeze(1), share.unsqueeze(1))
-        weights[classes, :, mine] += mixture[mine]
-        pull = (weights * cosines).sum(dim=-1, keepdim=True)  # (classes, K, 1)
-        part = result[chunk.start : chunk.stop]
-        torch.matmul(weights.flatten(0, 1), features, out=part.view(-1, part.shape[-1]))
-        part.addcmul_(chunk.prompts, pull, value=-1.0)
-        part.div_(chunk.norms.unsqueeze(-1))
-        part.add_(offsets[chunk.start : chunk.stop], alpha=decay)
+    """(C, K, D) gradient of `outer` times the loss.
+
+    With w_ij = dL/ds_ij, n_j = |b + o_j| and r_j = Σ_i w_ij s_ij, the normalisation's backward is
+    d o_j = Σ_i (w_ij / n_j) x_i - (r_j / n_j²) (b + o_j): elementwise passes over the offsets and
+    one product of a sparse matrix with the features.
+    """
+    num_classes, num_prompts, _ = offsets.shape
+    num_rows = features.shape[0]
+    slope = outer * (1.0 - terms.mixture_weight) * terms.sharpness / num_rows
+    mixture_slope = -outer * terms.mixture_weight * terms.scale / num_rows
+    decay = 2.0 * outer * terms.penalty_factor
+    size = min(chunk_classes(num_rows, num_prompts, features.device), num_classes)
+    spans = class_spans(num_classes, size)
+    edges = [start for start, _ in spans] + [num_classes]
+
+    # The mixture loss's entries, in ascending order of classes.
+    order, _ = rows_by_class(targets, num_classes)
+    weights = mixture_slope * assignment[order]
+    position, member = (weights.abs() > _NEGLIGIBLE * abs(outer) * terms.scale / num_rows).nonzero(
+        as_tuple=True
+    )
+    own_rows = order[position]
+    own_prompts = targets[own_rows] * num_prompts + member
+    own_entries = (own_rows, own_prompts, weights[position, member], scores.own[own_rows, member])
+    own_bounds = starts_of(own_prompts // num_prompts, edges)
+
+    sparse_pairs = len(scores.pairs) == 3
+    if sparse_pairs:
+        rows, prompts, top = scores.pairs
+        share = torch.exp((top - scores.best[rows]) * terms.sharpness - scores.log_sum[rows])
+        share -= (targets[rows] == prompts // num_prompts).to(share.dtype)
+        pair_entries = (rows, prompts, slope * share, top)
+        pair_bounds = starts_of(prompts // num_prompts, edges)
+
+    result = empty_in_huge_pages(offsets)
+    for index, (start, stop) in enumerate(spans):
+        mine = slice(own_bounds[index], own_bounds[index + 1])
+        if sparse_pairs:
+            theirs = slice(pair_bounds[index], pair_bounds[index + 1])
+            found = tuple(entry[theirs] for entry in pair_entries)
+        else:
+            found = _dense_entries(scores, targets, start, stop, slope, terms.sharpness)
+        rows, prompts, weights, cosines = (
+            torch.cat([entry[mine], other]) for entry, other in zip(own_entries, found, strict=True)
+        )
+        _write_chunk(
+            result[start:stop],
+            offsets.detach()[start:stop],
+            base[start:stop],
+            features,
+            (rows, prompts - start * num_prompts, weights, cosines),
+            scores.norms[start:stop],
+            decay,
+        )
     return result
+
+
+def _dense_entries(
+    scores: _Scores, targets: Tensor, start: int, stop: int, slope: float, sharpness: float
+) -> tuple[Tensor, ...]:
+    """Rows, prompts, weights and cosines of the pairs of classes start..stop that have weight."""
+    top, winners = (part[start:stop] for part in scores.pairs)
+    share = (top - scores.best).mul_(sharpness).sub_(scores.log_sum).exp_()
+    share -= (targets == torch.arange(start, stop, device=targets.device).unsqueeze(1)).float()
+    classes, rows = (share.abs() > _NEGLIGIBLE).nonzero(as_tuple=True)
+    prompts = (classes + start) * scores.own.shape[1] + winners[classes, rows]
+    return rows, prompts, slope * share[classes, rows], top[classes, rows]
+
+
+def _write_chunk(
+    result: Tensor,
+    offsets: Tensor,
+    base: Tensor,
+    features: Tensor,
+    entries: tuple[Tensor, ...],
+    norms: Tensor,
+    decay: float,
+) -> None:
+    """Fills the gradient of c classes (c, K, D) from entries (rows, prompts in 0..cK-1, w, s)."""
+    rows, prompts, weights, cosines = entries
+    inverse = norms.reshape(-1).reciprocal()
+    pull = torch.zeros_like(inverse).index_add_(0, prompts, weights * cosines)
+    pull = pull.mul_(inverse).mul_(inverse).view(*norms.shape, 1)
+    torch.mul(offsets, decay - pull, out=result)
+    result.addcmul_(base.unsqueeze(1), pull, value=-1.0)
+    weights = weights * inverse[prompts]
+    flat = result.view(-1, result.shape[-1])
+    shape = (flat.shape[0], features.shape[0])
+    if sparse_products(features.device):
+        prompts, order = torch.sort(prompts.to(torch.int32))
+        matrix = csr_matrix(prompts, rows[order], weights[order], shape)
+        torch.addmm(flat, matrix, features, out=flat)
+    else:
+        matrix = features.new_zeros(shape).index_put_((prompts, rows), weights, accumulate=True)
+        flat.addmm_(matrix, features)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featcache.errors import ConfigError
+from featcache.prompts import TEMPLATES, choose
 from heads.base import FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.mixture_of_prompts import (
     Method,
@@ -132,8 +133,6 @@ class MopConfig(HeadConfig):
         Raises:
             ConfigError: if `templates` names no known set.
         """
-        from featcache.prompts import TEMPLATES, choose
-
         if isinstance(self.templates, list):
             return list(self.templates)
         name = self.templates or choose(kind, list(classes.columns))

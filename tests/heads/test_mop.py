@@ -1,0 +1,242 @@
+import logging
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+
+from featcache.errors import ConfigError
+from featcache.prompts import TEMPLATES
+from heads.base import FeatureSpec
+from heads.models.mop import Mop, MopConfig, base_prompts
+
+C, D = 6, 16
+
+
+def spec(prompts: Tensor | None = None, task: Any = "single_label") -> FeatureSpec:
+    torch.manual_seed(1)
+    return FeatureSpec(
+        feature_dim=D,
+        num_classes=C,
+        task=task,
+        class_counts=np.full(C, 4, dtype=np.int64),
+        classes=pd.DataFrame({"name": [f"kind {c}" for c in range(C)]}),
+        prompts=torch.randn(3, C, D) * 5.0 if prompts is None else prompts,
+        logit_scale=100.0,
+    )
+
+
+def batch(num_rows: int = 24) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    targets = torch.randint(0, C, (num_rows,))
+    centres = base_prompts(spec().prompts)  # type: ignore[arg-type]
+    return 7.0 * (centres[targets] + 0.3 * torch.randn(num_rows, D)), targets
+
+
+def test_init_gives_distinct_offsets_around_the_text() -> None:
+    head = MopConfig(num_prompts=4).build(spec())
+    assert head.offsets.shape == (C, 4, D)
+    assert 0.005 < float(head.offsets.detach().std()) < 0.02
+    assert float(MopConfig(init_std=0.5).build(spec()).offsets.detach().std()) > 0.4
+
+
+def test_forward_is_the_scaled_best_cosine() -> None:
+    head = MopConfig(num_prompts=4, init_std=0.3, scale=7.0).build(spec())
+    features, _ = batch()
+    prompts = F.normalize(head.base.unsqueeze(1) + head.offsets, dim=-1)
+    cosines = torch.einsum("bd,ckd->bck", F.normalize(features, dim=1), prompts)
+    expected = 7.0 * cosines.amax(dim=-1)
+    torch.testing.assert_close(head(features), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(head(features), expected)
+    assert head(features[:1]).shape == (1, C)
+
+
+@pytest.mark.parametrize("preset", ["default", "seed"])
+def test_training_steps_lower_the_loss_and_move_only_offsets(preset: Any) -> None:
+    head = MopConfig(preset=preset, num_prompts=4).build(spec())
+    before = head.base.clone()
+    features, targets = batch()
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(15):
+        parts = head.loss(features, targets, 0.5)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+        losses.append(float(parts["loss"].detach()))
+    assert losses[-1] < losses[0]
+    assert [name for name, _ in head.named_parameters()] == ["offsets"]
+    assert torch.equal(head.base, before)
+
+
+def test_parts_add_up() -> None:
+    head = MopConfig(num_prompts=4, mixture_weight=0.3).build(spec())
+    parts = head.loss(*batch(), 0.0)
+    total = 0.3 * parts["loss_mixture"] + 0.7 * parts["loss_cls"] + parts["loss_reg"]
+    torch.testing.assert_close(parts["loss"].detach(), total)
+    assert not parts["loss_cls"].requires_grad
+
+
+def test_tau_goes_linearly_and_can_stay() -> None:
+    head = MopConfig(tau_start=1.0, tau_end=0.2).build(spec())
+    assert [head.tau(p) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    held = MopConfig(tau_start=1.0, tau_end=0.2, anneal_tau=False).build(spec())
+    assert held.tau(1.0) == 1.0
+    assert float(head.loss(*batch(), 0.5)["tau"]) == pytest.approx(0.6)
+
+
+def test_lower_temperature_gives_sharper_assignments() -> None:
+    head = MopConfig(num_prompts=4, init_std=0.3).build(spec())
+    features, _ = batch()
+    soft = head.assignments(features, class_index=2, temperature=20.0)
+    sharp = head.assignments(features, class_index=2, temperature=0.5)
+    assert soft.shape == (len(features), 4)
+    torch.testing.assert_close(soft.sum(dim=1), torch.ones(len(features)))
+    assert bool((sharp.amax(dim=1) > soft.amax(dim=1)).all())
+    assert torch.equal(sharp.argmax(dim=1), soft.argmax(dim=1))
+
+
+def test_trained_state_holds_offsets_only_and_comes_back() -> None:
+    first = MopConfig(num_prompts=4).build(spec())
+    state = first.trained_state()
+    assert list(state) == ["offsets"]
+    second = MopConfig(num_prompts=4, init_std=0.5).build(spec())
+    features, _ = batch()
+    assert not torch.equal(first.offsets, second.offsets)
+    second.load_trained_state(state)
+    torch.testing.assert_close(second(features), first(features))
+
+
+def test_anti_collapse_terms_join_the_loss() -> None:
+    features, targets = batch()
+    torch.manual_seed(0)
+    head = MopConfig(
+        num_prompts=4, diversity_weight=0.1, entropy_weight=0.01, min_usage_weight=0.2
+    ).build(spec())
+    parts = head.loss(features, targets, 0.0)
+    without = Mop(head.base, num_prompts=4)
+    without.load_trained_state(head.trained_state())
+    extra = (
+        0.1 * parts["loss_diversity"] + 0.01 * parts["loss_entropy"] + 0.2 * parts["loss_min_usage"]
+    )
+    torch.testing.assert_close(
+        parts["loss"].detach(), without.loss(features, targets, 0.0)["loss"].detach() + extra
+    )
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+    start = float(parts["loss_diversity"])
+    for _ in range(5):
+        optimizer.zero_grad()
+        head.loss(features, targets, 0.0)["loss"].backward()
+        optimizer.step()
+    assert float(head.loss(features, targets, 0.0)["loss_diversity"]) < start
+
+
+def test_preset_fills_what_is_not_given() -> None:
+    seed = MopConfig.model_validate({"preset": "seed", "scale": 20})
+    assert (seed.scale, seed.classification_temperature, seed.penalty_reduction) == (
+        20.0,
+        0.07,
+        "mean",
+    )
+    assert MopConfig(preset="seed").scale == 50.0
+    assert MopConfig() == MopConfig(preset="default")
+    assert MopConfig.model_validate(seed.record()) == seed
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scale": 0}, "greater than 0"),
+        ({"mixture_weight": 1.5}, "less than or equal to 1"),
+        ({"preset": "mine"}, "'default' or 'seed'"),
+        ({"min_usage_weight": 1.0, "min_usage": 0.05, "num_prompts": 32}, "at most 0.03125"),
+        ({"kappa": 1}, "Extra inputs"),
+    ],
+)
+def test_illegal_options_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MopConfig.model_validate(values)
+
+
+def test_templates_by_name_by_list_and_by_dataset() -> None:
+    classes = spec().classes
+    assert MopConfig(templates=["a {name}"]).template_names(classes, "x") == ["a {name}"]
+    assert MopConfig(templates="plain").template_names(classes, "x") == list(TEMPLATES["plain"])
+    assert MopConfig().template_names(classes, "x")
+    with pytest.raises(ConfigError, match="no set of templates is called 'nope'"):
+        MopConfig(templates="nope").template_names(classes, "x")
+
+
+def test_refuses_multi_label_and_missing_text() -> None:
+    with pytest.raises(ConfigError, match="multi_label, expected single_label"):
+        MopConfig().build(spec(task="multi_label"))
+    empty = FeatureSpec(D, C, "single_label", np.ones(C, np.int64), spec().classes, None, 100.0)
+    with pytest.raises(ValueError, match="class text features"):
+        MopConfig().build(empty)
+
+
+def test_f01_text_features_move_with_the_head() -> None:
+    """F-01: base text features stayed on the CPU, copied to the device every step."""
+    head = MopConfig().build(spec())
+    assert "base" in dict(head.named_buffers())
+    assert head.to("meta").base.device.type == "meta"
+
+
+def test_f02_small_noise_is_not_zero_and_prompts_separate() -> None:
+    """F-02: offsets that start at zero get equal gradients and stay one prompt for ever."""
+    head = MopConfig(init="small_noise", num_prompts=4).build(spec())
+    assert 0.0 < float(head.offsets.detach().std()) < 0.005
+    head.loss(*batch(), 0.0)["loss"].backward()
+    assert head.offsets.grad is not None
+    used = head.offsets.grad[batch()[1].unique()]
+    assert bool((used[:, 0] != used[:, 1]).any(dim=-1).all())
+
+
+def test_f04_saturating_product_is_said_once_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """F-04: scale 50 and temperature 0.07 multiply cosines by 714."""
+    with caplog.at_level(logging.WARNING):
+        head = MopConfig(preset="seed").build(spec())
+        head.loss(*batch(), 0.0)
+        head.loss(*batch(), 0.5)
+    (record,) = caplog.records
+    assert "multiplies cosines by 714" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        MopConfig().build(spec())
+    assert not caplog.records
+
+
+def test_f05_penalty_per_prompt_does_not_shrink_with_classes() -> None:
+    """F-05: a mean over C K D entries holds each offset less the more classes there are."""
+    few, many = torch.randn(3, 5, D), torch.randn(3, 300, D)
+
+    def pull(prompts: Tensor, reduction: Any) -> tuple[float, float]:
+        """Penalty of offsets of a fixed length, and of doubling the width."""
+        torch.manual_seed(0)
+        head = Mop(
+            base_prompts(prompts), num_prompts=2, offset_penalty=1.0, penalty_reduction=reduction
+        )
+        with torch.no_grad():
+            head.offsets.copy_(F.normalize(head.offsets, dim=-1))
+        features, targets = batch()
+        value = head.loss(features, targets % 5, 0.0)["loss_reg"]
+        return float(value), prompts.shape[-1]
+
+    assert pull(few, "sum_per_prompt")[0] == pytest.approx(1.0, rel=1e-5)
+    assert pull(many, "sum_per_prompt")[0] == pytest.approx(1.0, rel=1e-5)
+    assert pull(few, "mean")[0] == pytest.approx(1.0 / D, rel=1e-5)
+
+
+def test_f52_each_template_is_normalised_before_the_mean() -> None:
+    """F-52: a longer template's feature outweighed the others."""
+    prompts = torch.zeros(2, 1, D)
+    prompts[0, 0, 0], prompts[1, 0, 1] = 100.0, 1.0
+    found = base_prompts(prompts)
+    assert float(found[0, 0]) == pytest.approx(float(found[0, 1]))
+    assert float(found.norm()) == pytest.approx(1.0)

@@ -130,7 +130,7 @@ class Cache:
     @cached_property
     def valid(self) -> npt.NDArray[np.bool_]:
         """(N,) rows that hold features: readable images of shards that are done."""
-        return self.array("rows/valid").read() & self.done
+        return self.array("rows/valid").read()
 
     @cached_property
     def done(self) -> npt.NDArray[np.bool_]:

@@ -31,6 +31,7 @@ PAGES = (37, 512, 8, 16, 1)
 # rows, width, chunk rows, shard rows, views: odd tails, one row, whole pages and not, a view axis.
 SHAPES = [
     pytest.param(NOT_PAGES, id="chunks-not-pages"),
+    pytest.param((23, 6, 5, 10, 1), id="chunks-of-five"),
     pytest.param((1, 6, 4, 8, 1), id="one-row"),
     pytest.param((3, 512, 4, 4, 1), id="one-chunk-of-a-page"),
     pytest.param(PAGES, id="pages-odd-tail"),

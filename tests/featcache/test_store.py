@@ -57,7 +57,7 @@ def test_plain_zarr_reads_everything(written: Make, options: dict[str, Any]) -> 
 def test_chunk_files_are_byte_for_byte_those_that_zarr_writes(
     written: Make, tmp_path: Path
 ) -> None:
-    made = written(views=2)
+    made = written(num_rows=18, views=2)
     other = zarr.create_group(tmp_path / "zarr")
     for name in (*made.arrays, "rows/id", "classes/name", "rows/label_values", "shards/image"):
         ours = zarr.open_array(made.path / name, mode="r")
@@ -227,6 +227,20 @@ def test_a_side_array_is_kept_once(written: Make) -> None:
     np.testing.assert_array_equal(array[...], first)
     assert array.attrs["templates"] == ["a {name}"]
     assert verify(made.path) == []
+    assert sorted(p.name for p in made.path.parent.iterdir()) == ["cache"]
+
+
+def test_of_two_jobs_adding_an_array_at_once_the_first_wins(
+    written: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = written()
+    store = Store.open(made.path)
+    values = np.zeros((2, 3), np.float32)
+    store.put_array("class_text/abc", values)
+    answers = iter([False, True])  # the other job's array appears after this one looked
+    monkeypatch.setattr(Store, "has", lambda self, name: next(answers))
+    store.put_array("class_text/abc", values + 1)
+    np.testing.assert_array_equal(store.read("class_text/abc"), values)
     assert sorted(p.name for p in made.path.parent.iterdir()) == ["cache"]
 
 

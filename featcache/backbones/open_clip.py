@@ -60,6 +60,7 @@ class OpenClipConfig(BackboneConfig):
     """Encoders of open_clip."""
 
     kind: Literal["open_clip"] = "open_clip"
+    """Backbone kind."""
     model: str = "ViT-B-32"
     """Architecture name (ViT-B-32, RN50, …), `local-dir:FOLDER` with open_clip_config.json and
     weights, `hf-hub:ORG/REPO`, or an architecture's own JSON file."""

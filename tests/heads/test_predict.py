@@ -1,0 +1,158 @@
+"""Predictions, end to end: toy images, a tiny CLIP, extraction, training, prediction."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from featcache import extract
+from featcache.errors import BackboneError, CacheMismatchError, ConfigError
+from featcache.extract import ExtractConfig
+from featcache.reader import open_cache
+from heads import predict, train
+from heads.models.linear import LinearConfig
+from heads.models.zero_shot import ZeroShotConfig
+from heads.optim import OptimConfig
+from heads.predict import PredictConfig
+from heads.run_folder import load_run
+from heads.train import TrainConfig
+
+
+@pytest.fixture
+def extracted(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> Path:
+    """Cache of ten training and four validation images of cats and dogs."""
+    model = tmp_path / "clip"
+    shutil.copytree(tiny_clip, model)
+    cache = tmp_path / "cache" / "pets"
+    extract.run(
+        ExtractConfig.model_validate(
+            {
+                "dataset": {"kind": "folder", "root": image_folder},
+                "backbone": {"model": f"local-dir:{model}"},
+                "cache": cache,
+                "device": "cpu",
+                "batch_size": 4,
+            }
+        )
+    )
+    return cache
+
+
+def trained(cache: Path, **options: Any) -> Path:
+    values: dict[str, Any] = {
+        "head": LinearConfig(lrs=(0.1,), weight_decays=(0.0,)),
+        "optim": OptimConfig(epochs=5),
+        "run": cache.parent.parent / "run",
+        "quiet": True,
+    }
+    return train.run(TrainConfig(cache=cache, **(values | options))).run
+
+
+def test_image_files_and_cached_rows_give_the_same_predictions(
+    extracted: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    run = trained(extracted)
+    rows = predict.run(
+        PredictConfig(run=run, cache=extracted, split="val", out=tmp_path / "rows.csv", quiet=True)
+    )
+    shutil.rmtree(extracted)
+    files = predict.run(
+        PredictConfig(run=run, images=image_folder / "val", out=tmp_path / "f.parquet", quiet=True)
+    )
+    one = pd.read_csv(tmp_path / "rows.csv")
+    other = pd.read_parquet(tmp_path / "f.parquet")
+    assert len(one) == len(other) == 4
+    assert one["path"].str.removeprefix("val/").tolist() == other["path"].tolist()
+    assert one["class_1"].tolist() == other["class_1"].tolist()
+    np.testing.assert_allclose(one["probability_1"], other["probability_1"], rtol=1e-3)
+    np.testing.assert_allclose(one["probability_1"] + one["probability_2"], 1, rtol=1e-5)
+    assert not rows.unreadable
+    assert not files.unreadable
+
+
+def test_unreadable_images_are_listed_with_a_reason_and_not_guessed(
+    extracted: Path, tmp_path: Path, make_jpeg: Callable[..., bytes]
+) -> None:
+    run = trained(extracted)
+    folder = tmp_path / "new"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "good.JPG").write_bytes(make_jpeg(50, 50, 1))
+    (folder / "cut.jpg").write_bytes(make_jpeg(50, 50, 2)[:300])
+    (folder / "empty.png").touch()
+    (folder / "notes.txt").write_text("not an image")
+    report = predict.run(PredictConfig(run=run, images=folder, out=tmp_path / "out.csv"))
+    assert report.table["id"].tolist() == ["deep/good.JPG"]
+    listed = pd.read_csv(tmp_path / "out.csv.unreadable.csv")
+    assert listed["path"].tolist() == ["cut.jpg", "empty.png"]
+    assert listed["reason"].str.len().min() > 3
+    single = PredictConfig(run=run, images=folder / "deep" / "good.JPG", out=tmp_path / "out.csv")
+    assert len(predict.run(single).table) == 1
+    assert not (tmp_path / "out.csv.unreadable.csv").exists()
+
+
+def test_zero_shot_needs_no_training_and_works_without_its_cache(
+    extracted: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    run = trained(extracted, head=ZeroShotConfig(templates=["a photo of a {name}.", "{name}"]))
+    cache = open_cache(extracted)
+    loaded = load_run(run)
+    features = torch.from_numpy(cache.array("image/projected").read(cache.rows("val"))).float()
+    shutil.rmtree(extracted)
+    backbone = predict.open_backbone(loaded, torch.device("cpu"))
+    texts = [f"a photo of a {name}." for name in ("cat", "dog")] + ["cat", "dog"]
+    encoded = torch.nn.functional.normalize(backbone.encode_text(texts), dim=1).view(2, 2, -1)
+    vectors = torch.nn.functional.normalize(encoded.mean(0), dim=1)
+    cosines = torch.cosine_similarity(features[:, None], vectors[None], dim=-1)
+    torch.testing.assert_close(
+        loaded.head(features), loaded.record["logit_scale"] * cosines, rtol=1e-3, atol=1e-3
+    )
+    images = PredictConfig(run=run, images=image_folder / "val", out=tmp_path / "out.csv")
+    assert len(predict.run(images).table) == 4
+
+
+def test_multi_label_rows_list_all_classes_above_the_threshold(
+    make_multi: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = make_multi(invalid=[302])
+    run = trained(cache)
+    config = PredictConfig(run=run, cache=cache, split="test", out=tmp_path / "o.csv", top_k=99)
+    report = predict.run(config)
+    assert len(report.table) == 99
+    assert [one.id for one in report.unreadable] == ["r302"]
+    probabilities = report.table[[f"probability_{k}" for k in range(1, 7)]].to_numpy()
+    assert (np.diff(probabilities, axis=1) <= 0).all()
+    for line, values in zip(report.table.to_dict("records"), probabilities, strict=True):
+        expected = {line[f"class_{k + 1}"] for k in range(6) if values[k] >= 0.5}
+        assert set(filter(None, line["classes"].split("; "))) == expected
+    assert (report.table["classes"] != "").any()
+
+
+def test_other_weights_are_refused(extracted: Path, image_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = trained(extracted)
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    state = load_file(weights)
+    save_file({name: tensor + 0.01 for name, tensor in state.items()}, weights)
+    config = PredictConfig(run=run, images=image_folder, out=tmp_path / "out.csv")
+    with pytest.raises(CacheMismatchError, match=r"backbone\.weights differs"):
+        predict.run(config)
+    weights.unlink()
+    with pytest.raises(BackboneError):
+        predict.run(config)
+
+
+def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give either cache or images"):
+        PredictConfig(run=tmp_path, out=tmp_path / "o.csv")
+    with pytest.raises(ValueError, match=r"has to end with .csv or .parquet"):
+        PredictConfig(run=tmp_path, images=tmp_path, out=tmp_path / "o.txt")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        predict.find_images(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no image in"):
+        predict.find_images(tmp_path)

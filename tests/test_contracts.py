@@ -1,0 +1,228 @@
+"""The same checks over every member of every folder: adding a file adds it to these tests."""
+
+import copy
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from featcache.backbones import BACKBONES
+from featcache.config import Config
+from featcache.datasets import DATASETS
+from featcache.errors import ConfigError
+from heads.base import FeatureSpec, Head
+from heads.models import HEADS
+
+NUM_CLASSES, DIM, NUM_TOKENS = 5, 16, 4
+TASKS = ("single_label", "multi_label")
+
+MEMBERS = {
+    f"{folder}/{kind}": member
+    for folder, members in (("datasets", DATASETS), ("backbones", BACKBONES), ("heads", HEADS))
+    for kind, member in members.items()
+}
+
+
+def member_of(name: str, **options: Any) -> Config:
+    """A member with its defaults; required paths and names get a made-up value."""
+    cls = MEMBERS[name]
+    required = {key: "x" for key, field in cls.model_fields.items() if field.is_required()}
+    return cls.model_validate({**required, **options})
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+class TestConfigs:
+    def test_record_and_yaml_round_trip(self, name: str, tmp_path: Path) -> None:
+        config = member_of(name)
+        assert type(config).model_validate(config.record()) == config
+        file = tmp_path / "config.yaml"
+        file.write_text(config.to_yaml())
+        assert type(config).from_yaml(file) == config
+        assert yaml.safe_load(config.to_yaml())["kind"] == name.split("/")[1]
+
+    def test_every_field_says_what_it_is(self, name: str) -> None:
+        for field, info in MEMBERS[name].model_fields.items():
+            assert info.description, f"{field} has no docstring"
+
+    def test_unknown_options_are_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match="no_such_option"):
+            member_of(name, no_such_option=1)
+
+    def test_class_and_module_are_described(self, name: str) -> None:
+        member = MEMBERS[name]
+        assert member.__doc__
+        assert inspect.getmodule(member).__doc__
+
+
+def spec(task: str, seed: int = 0) -> FeatureSpec:
+    generator = torch.Generator().manual_seed(seed)
+    counts = np.asarray([200, 150, 50, 10, 3])
+    classes = pd.DataFrame(
+        {
+            "name": [f"c{i}" for i in range(NUM_CLASSES)],
+            "count": counts,
+            "genus": ["g", "g", "h", "h", "h"],
+        }
+    )
+    return FeatureSpec(
+        feature_dim=DIM,
+        num_classes=NUM_CLASSES,
+        task=task,
+        class_counts=counts,
+        classes=classes,
+        prompts=torch.randn(3, NUM_CLASSES, DIM, generator=generator),
+        logit_scale=100.0,
+        mean=torch.zeros(DIM),
+        std=torch.ones(DIM),
+    )
+
+
+def batch(kind: str, task: str, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the kind's array, and targets in which every class occurs."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = (NUM_TOKENS,) if HEADS[kind]().arrays()[0] == "image/tokens" else ()
+    features = torch.randn(size, *tokens, DIM, generator=generator)
+    labels = torch.arange(size) % NUM_CLASSES
+    if task == "single_label":
+        return features, labels
+    return features, torch.nn.functional.one_hot(labels, NUM_CLASSES).float()
+
+
+def build(kind: str, task: str, seed: int = 0) -> Head:
+    config = HEADS[kind]()
+    torch.manual_seed(seed)
+    try:
+        return config.build(spec(task))
+    except ConfigError as error:
+        refusal = str(error)
+    assert task in refusal, "a refused task is named"
+    pytest.skip(f"{kind} does not do {task}")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", HEADS)
+class TestHeads:
+    def test_logits_have_a_row_each_and_a_column_a_class(self, kind: str, task: str) -> None:
+        head = build(kind, task).eval()
+        features, _ = batch(kind, task)
+        logits = head(features)
+        assert logits.shape == (len(features), NUM_CLASSES)
+        assert logits.dtype == torch.float32
+        assert torch.isfinite(logits).all()
+
+    def test_one_row_is_scored_as_in_a_batch(self, kind: str, task: str) -> None:
+        head = build(kind, task).eval()
+        features, _ = batch(kind, task)
+        with torch.no_grad():
+            torch.testing.assert_close(head(features[:1]), head(features)[:1], atol=1e-4, rtol=1e-4)
+
+    def test_gradients_reach_what_trains_and_nothing_else(self, kind: str, task: str) -> None:
+        head = build(kind, task).train()
+        features, targets = batch(kind, task)
+        if not head.trainable:
+            assert not [p for p in head.parameters() if p.requires_grad]
+            return
+        losses = head.loss(features, targets, 0.0)
+        assert losses["loss"].shape == ()
+        losses["loss"].backward()
+        for name, parameter in head.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"{name} gets no gradient"
+                assert parameter.grad.abs().sum() > 0, f"the gradient of {name} is zero"
+            else:
+                assert parameter.grad is None, f"{name} is frozen and gets a gradient"
+
+    def test_one_row_can_be_trained_on(self, kind: str, task: str) -> None:
+        head = build(kind, task).train()
+        features, targets = batch(kind, task)
+        if head.trainable:
+            assert torch.isfinite(head.loss(features[:1], targets[:1], 1.0)["loss"])
+
+    def test_a_step_lowers_the_loss(self, kind: str, task: str) -> None:
+        head = build(kind, task).train()
+        if not head.trainable:
+            return
+        features, targets = batch(kind, task)
+        optimizer = torch.optim.SGD(head.param_groups(1e-3, 0.0), lr=1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        torch.manual_seed(0)
+        before = head.loss(features, targets, 0.0)["loss"]
+        before.backward()
+        optimizer.step()
+        torch.manual_seed(0)
+        assert head.loss(features, targets, 0.0)["loss"] < before
+
+    def test_groups_hold_every_trained_parameter_once(self, kind: str, task: str) -> None:
+        head = build(kind, task)
+        if not head.trainable:
+            return
+        grouped = [p for group in head.param_groups(0.1, 0.0) for p in group["params"]]
+        assert len(grouped) == len({id(p) for p in grouped})
+        assert {id(p) for p in grouped} == {id(p) for p in head.parameters() if p.requires_grad}
+
+    def test_the_seed_fixes_the_result(self, kind: str, task: str) -> None:
+        features, targets = batch(kind, task)
+        results = []
+        for _ in range(2):
+            head = build(kind, task, seed=3).train()
+            if head.trainable:
+                results.append(head.loss(features, targets, 0.5)["loss"].detach())
+            else:
+                results.append(head(features))
+        assert torch.equal(*results)
+
+    def test_trained_state_moves_to_another_head(self, kind: str, task: str) -> None:
+        features, _ = batch(kind, task)
+        head = build(kind, task, seed=0).eval()
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+            for name, logits in head.candidates(features):
+                config = HEADS[kind]().only(name)
+                other = config.build(spec(task, seed=0)).eval()
+                other.load_trained_state(copy.deepcopy(dict(head.trained_state(name))))
+                torch.testing.assert_close(other(features), logits)
+
+    def test_a_wrong_state_is_refused(self, kind: str, task: str) -> None:
+        head = build(kind, task)
+        with pytest.raises(ValueError, match="not in both"):
+            head.load_trained_state({**head.trained_state(), "surplus": torch.zeros(1)})
+
+    def test_every_trained_tensor_is_in_the_state_dict(self, kind: str, task: str) -> None:
+        head = build(kind, task)
+        other = build(kind, task, seed=9)
+        other.load_state_dict(head.state_dict())
+        features, _ = batch(kind, task)
+        torch.testing.assert_close(other.eval()(features), head.eval()(features))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_names_its_source(kind: str) -> None:
+    text = inspect.getmodule(HEADS[kind]).__doc__ or ""
+    assert "Reference:" in text, f"heads/models of {kind}: the module text names no source"
+
+
+def _jobs_and_parts() -> dict[str, type[Config]]:
+    """Every Config class of the three lower layers."""
+    found: dict[str, type[Config]] = {}
+    for package in ("featcache", "heads", "finetune"):
+        module = importlib.import_module(package)
+        for info in pkgutil.walk_packages(module.__path__, package + "."):
+            for value in vars(importlib.import_module(info.name)).values():
+                if inspect.isclass(value) and issubclass(value, Config) and value is not Config:
+                    found[f"{value.__module__}.{value.__qualname__}"] = value
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS := _jobs_and_parts())
+def test_every_option_of_every_job_has_a_help_text(name: str) -> None:
+    for field, info in CONFIGS[name].model_fields.items():
+        assert info.description, f"{field} of {name} has no docstring under it"

@@ -76,7 +76,7 @@ class PretrainConfig(Config):
     """Folder for the result; opens as `local-dir:FOLDER`."""
     restart: bool = False
     """Train anew and replace a finished result in `out`."""
-    epochs: PositiveInt = 20
+    epochs: PositiveInt = 9
     """Passes over the training split."""
     steps: PositiveInt | None = None
     """Optimizer steps; unset = all of `epochs`, otherwise as many epochs as it takes."""
@@ -88,7 +88,7 @@ class PretrainConfig(Config):
     """Reading and augmentation of the training images."""
     prompt: str = "a photo of a {name}."
     """Zero-shot prompt of validation; may name any column of the class table."""
-    validate_every: NonNegativeInt = 0
+    validate_every: NonNegativeInt = 3
     """Epochs between validations; 0 = only at the end."""
     log_every: PositiveInt = 20
     """Steps between log lines."""

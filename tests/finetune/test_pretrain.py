@@ -66,6 +66,7 @@ def _config(toy: Path, **changes: Any) -> PretrainConfig:
         "steps": 40,
         "batch_size": 8,
         "log_every": 10,
+        "validate_every": 0,
         "optim": {"lr": 5e-3},
         "precision": "fp32",
         "device": "cpu",

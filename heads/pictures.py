@@ -25,12 +25,12 @@ _TITLES = {
     "balanced_accuracy": "balanced",
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
-    "top1_head": "head",
-    "top1_medium": "medium",
-    "top1_tail": "tail",
-    "map_head": "mAP head",
-    "map_medium": "mAP medium",
-    "map_tail": "mAP tail",
+    "top1_head": "many-shot",
+    "top1_medium": "medium-shot",
+    "top1_tail": "few-shot",
+    "map_head": "mAP many-shot",
+    "map_medium": "mAP medium-shot",
+    "map_tail": "mAP few-shot",
 }
 _SINGLE = ("top1", "top5", "balanced_accuracy", "top1_head", "top1_medium", "top1_tail")
 _MULTI = ("map", "map_head", "map_medium", "map_tail", "micro_f1", "macro_f1")
@@ -182,7 +182,7 @@ def compare_runs(runs: Sequence[str | Path], path: str | Path, title: str = "") 
     panels = [(label, group) for label, group in panels if group]
     widths = [len(group) for _, group in panels]
     bars = sum(widths) * len(records)
-    figure = _figure((min(16.0, max(6.0, 2.2 + 0.42 * bars + 0.5 * sum(widths))), 4.2))
+    figure = _figure((min(14.0, max(6.0, 2.2 + 0.42 * bars + 0.5 * sum(widths))), 4.2))
     all_axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
     width = 0.8 / len(records)
     for axes, (label, group) in zip(all_axes, panels, strict=True):

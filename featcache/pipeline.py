@@ -297,9 +297,10 @@ class Progress:
             f"(read {parts['read']:.0f}, encode {parts['encode']:.0f}, "
             f"write {parts['write']:.0f})  {_duration(left)} left"
         )
-        print(f"\r{line:<100}" if self._terminal else line, end="", flush=True)
-        if not self._terminal:
-            print(flush=True)
+        if self._terminal:
+            print(f"\r{line:<100}", end="", flush=True)
+        else:
+            print(line, flush=True)
 
     def close(self) -> None:
         """Ends the line on a terminal."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from featcache.garden_art import CIRCLE, GREEN, PROFILES, Pen, shift, stretch
+from featcache.garden_art import GREEN
+from featcache.garden_pen import CIRCLE, PROFILES, Pen, shift, stretch
 from featcache.garden_scene import BACKGROUNDS, Domain
 from featcache.garden_species import PALETTES, Rgb
 

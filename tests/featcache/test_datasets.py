@@ -242,10 +242,14 @@ def test_several_labels_in_a_cell(table: MakeTable, cell: str, options: dict[str
 def test_class_file_gives_order_and_metadata(table: MakeTable, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("zebra\r\n\r\ntraffic light\r\nant")
     manifest = table(
-        "path,label\n1.jpg,ant\n2.jpg,0\n3.jpg,traffic light\n", classes=tmp_path / "names.txt"
+        "path,label\n1.jpg,2\n2.jpg,0\n3.jpg,traffic light\n", classes=tmp_path / "names.txt"
     ).open()
     assert manifest.classes["name"].tolist() == ["zebra", "traffic light", "ant"]
-    assert labels_of(manifest)["2.jpg"] == ["zebra"]
+    assert labels_of(manifest) == {
+        "1.jpg": ["ant"],
+        "2.jpg": ["zebra"],
+        "3.jpg": ["traffic light"],
+    }
     (tmp_path / "names.csv").write_text("name,genus\nb,Big\na,Small\n")
     manifest = table("path,label\n1.jpg,a\n", classes=tmp_path / "names.csv").open()
     assert manifest.classes["genus"].tolist() == ["Big", "Small"]

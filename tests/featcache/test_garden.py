@@ -119,6 +119,10 @@ def test_imbalance_thins_training_and_leaves_the_rest_even(tmp_path: Path) -> No
     assert np.ptp(np.bincount(labels, minlength=6)) <= 1
 
 
+def test_the_rarest_species_has_one_training_image(tmp_path: Path) -> None:
+    assert tiny(tmp_path, imbalance=10000).open().classes["count"].min() == 1
+
+
 def test_multi_label_has_a_long_tail_and_no_sun_at_night(tmp_path: Path) -> None:
     options = {"task": "multi_label", "num_images": 450, "num_species": 40}
     manifest = tiny(tmp_path, **options, num_workers=1).open()

@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from featcache.datasets.base import DatasetConfig
 from featcache.errors import DatasetError
-from featcache.garden_scene import OBJECTS, Domain, GardenTask, multi_label_names
-from featcache.garden_species import FAMILIES, MAX_SPECIES, make_species
-from featcache.garden_worker import ART, draw_rows, image_path, make_garden
+from featcache.garden.scene import OBJECTS, Domain, GardenTask, multi_label_names
+from featcache.garden.species import FAMILIES, MAX_SPECIES, make_species
+from featcache.garden.worker import ART, draw_rows, image_path, make_garden
 from featcache.identity import fingerprint
 from featcache.manifest import ROW_SCHEMA, Manifest
 
@@ -207,12 +207,12 @@ def _draw_images(folder: Path, job: dict[str, Any], num_workers: int) -> None:
 
 
 def _draw_in_processes(folder: Path, num_workers: int, advance: Any) -> None:
-    """Runs `featcache.garden_worker` as often as there are workers.
+    """Runs `featcache.garden.worker` as often as there are workers.
 
     Not `multiprocessing`: its spawned processes import the caller's main module again, which breaks
     scripts without a `__main__` guard and notebooks.
     """
-    command = [sys.executable, "-m", "featcache.garden_worker", str(folder / "job.json")]
+    command = [sys.executable, "-m", "featcache.garden.worker", str(folder / "job.json")]
     package_root = str(Path(__file__).resolve().parents[2])
     environment = {
         **os.environ,

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from featcache.datasets import garden as garden_module
 from featcache.datasets.garden import GardenConfig
 from featcache.errors import DatasetError
-from featcache.garden_scene import OBJECTS
-from featcache.garden_species import MAX_SPECIES, make_species
-from featcache.garden_worker import draw_image, make_garden
+from featcache.garden.scene import OBJECTS
+from featcache.garden.species import MAX_SPECIES, make_species
+from featcache.garden.worker import draw_image, make_garden
 from featcache.manifest import Manifest
 from featcache.pictures import contact_sheet
 
@@ -185,7 +185,7 @@ def test_more_species_than_images(tmp_path: Path) -> None:
 
 def test_the_worker_imports_neither_torch_nor_pydantic() -> None:
     code = (
-        "import sys, featcache.garden_worker; "
+        "import sys, featcache.garden.worker; "
         "print([m for m in ('torch', 'pydantic', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

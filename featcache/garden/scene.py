@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.garden_species import FAMILIES, Species
+from featcache.garden.species import FAMILIES, Species
 
 Domain = Literal["meadow", "night"]
 GardenTask = Literal["single_label", "multi_label"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from featcache.garden_art import GREEN
-from featcache.garden_pen import CIRCLE, PROFILES, Pen, shift, stretch
-from featcache.garden_scene import BACKGROUNDS, Domain
-from featcache.garden_species import PALETTES, Rgb
+from featcache.garden.art import GREEN
+from featcache.garden.pen import CIRCLE, PROFILES, Pen, shift, stretch
+from featcache.garden.scene import BACKGROUNDS, Domain
+from featcache.garden.species import PALETTES, Rgb
 
 _COLORS: dict[str, tuple[Rgb, Rgb]] = {
     # top and bottom of the gradient

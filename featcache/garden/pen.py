@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageDraw
 
-from featcache.garden_species import Rgb
+from featcache.garden.species import Rgb
 
 Points = npt.NDArray[Any]
 """Positions x + iy."""

@@ -1,6 +1,6 @@
 """Draws garden scenes and writes them as JPEG; one of the processes a garden is drawn by.
 
-    python -m featcache.garden_worker JOB.json FIRST STEP
+    python -m featcache.garden.worker JOB.json FIRST STEP
 
 draws every STEP-th image of the job from FIRST on, and prints a line for each 20 images.
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from featcache.garden_art import draw_subject
-from featcache.garden_scene import OBJECTS, Garden
-from featcache.garden_setting import draw_background, draw_blades, draw_objects, light
-from featcache.garden_species import make_species
+from featcache.garden.art import draw_subject
+from featcache.garden.scene import OBJECTS, Garden
+from featcache.garden.setting import draw_background, draw_blades, draw_objects, light
+from featcache.garden.species import make_species
 
 ART = 1
 """Version of the drawings; a change that moves any pixel raises it."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import ImageDraw
 
-from featcache.garden_pen import (
+from featcache.garden.pen import (
     CIRCLE,
     MARKING_SHAPES,
     PROFILES,
@@ -16,8 +16,8 @@ from featcache.garden_pen import (
     shift,
     stretch,
 )
-from featcache.garden_scene import Subject
-from featcache.garden_species import FAMILIES, MARKINGS, Rgb
+from featcache.garden.scene import Subject
+from featcache.garden.species import FAMILIES, MARKINGS, Rgb
 
 
 class Painter:

@@ -1,0 +1,1 @@
+"""How the garden is drawn: species, plants, settings; see `featcache.datasets.garden`."""

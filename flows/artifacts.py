@@ -17,18 +17,18 @@ from prefect.logging import get_run_logger
 Row = Mapping[str, Any]
 
 
-def post_report(name: str, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> None:
-    """Puts a table and a markdown summary of it on the page of the running flow.
+def post_report(name: str, title: str, rows: Sequence[Row], summary: str) -> None:
+    """Puts a table and a markdown summary on the page of the running flow.
 
     Args:
         name: what the report is about, e.g. a cache's folder name; successive reports of one name
             are versions of one artifact.
-        title: first line of the summary.
+        title: heading of the summary.
         rows: table rows, all with the same columns; numbers, strings or None.
-        notes: lines of the summary above the table.
+        summary: markdown under the heading.
     """
     key = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "report"
-    text = "\n\n".join([f"## {title}", *notes, markdown_table(rows)])
+    text = f"## {title}\n\n{summary}"
     try:
         create_table_artifact(key=key, table=[_json_row(row) for row in rows], description=title)
         create_markdown_artifact(key=f"{key}-summary", markdown=text, description=title)

@@ -11,7 +11,12 @@ REFUSED = "Refused"
 
 def refused(error: Exception) -> State[Any]:
     """A Failed state with the error's message on one line, without a traceback in the log."""
-    return Failed(name=REFUSED, message=" ".join(str(error).split()))
+    return Failed(name=REFUSED, message=one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 def worth_a_retry(task: Any, run: Any, state: State[Any]) -> bool:

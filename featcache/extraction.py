@@ -106,7 +106,7 @@ class Extraction:
         )
         with self._lock:
             self.store.mark_done(shard, report.record())
-            self._pending.remove(shard)
+            self._pending = [other for other in self._pending if other != shard]
             if shard.kind == "image":
                 self.timings.add(timings)
                 self._invalid[shard.index] = invalid

@@ -35,32 +35,47 @@ def child(config):
     sys.stdout = open(os.devnull, "w")
     run(config)
 
+def start(config):
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        child(config)
+        status = 0
+    finally:
+        os._exit(status)
+
+def finished(process):
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return False
+    assert os.waitstatus_to_exitcode(status) == 0, "the extraction failed by itself"
+    return True
+
+def numbered(number):
+    return ExtractConfig.model_validate({**values, "cache": values["cache"] + str(number)})
+
+# One run in peace says how long a run takes here, so that the moments fall into it.
+began = time.monotonic()
+assert finished(start(numbered(0)))
+longest = 0.7 * (time.monotonic() - began)
 moments = random.Random(7)
-kills, rounds, done_at_kill = 0, 0, []
+kills, rounds, done_at_kill = 0, 1, []
 while kills < num_kills:
-    config = ExtractConfig.model_validate({**values, "cache": values["cache"] + str(rounds)})
+    config = numbered(rounds)
     rounds += 1
-    finished = False
-    while not finished:
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                child(config)
-                status = 0
-            finally:
-                os._exit(status)
-        time.sleep(moments.uniform(0.0, 0.7))
-        os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL
-            kills += 1
-            done = config.cache / "shards/image/c"
-            done_at_kill.append(len(list(done.iterdir())) if done.is_dir() else -1)
-        else:
-            assert os.waitstatus_to_exitcode(status) == 0, "the extraction failed by itself"
-            finished = True
+    while True:
+        process = start(config)
+        if kills < num_kills:
+            time.sleep(moments.uniform(0.0, longest))
+            os.kill(process, signal.SIGKILL)
+        if finished(process):
+            break
+        kills += 1
+        done = config.cache / "shards/image/c"
+        done_at_kill.append(len(list(done.iterdir())) if done.is_dir() else -1)
 print(json.dumps({"kills": kills, "rounds": rounds, "done": done_at_kill}))
 """
 

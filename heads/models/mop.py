@@ -38,10 +38,10 @@ Preset = Literal["default", "seed"]
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
-        "scale": 100.0,
+        "scale": 50.0,
         "classification_temperature": 1.0,
-        "mixture_weight": 0.5,
-        "offset_penalty": 0.001,
+        "mixture_weight": 0.1,
+        "offset_penalty": 3.0,
         "penalty_reduction": "sum_per_prompt",
     },
     "seed": {
@@ -63,7 +63,7 @@ class MopConfig(HeadConfig):
     needs: ClassVar[tuple[str, ...]] = ("image/projected",)
     needs_prompts: ClassVar[bool] = True
     optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
-        lr=5e-4, weight_decay=0.0, epochs=30, batch_size=4096
+        lr=1e-3, weight_decay=0.0, epochs=30, batch_size=4096
     )
 
     kind: Literal["mop"] = "mop"
@@ -73,13 +73,13 @@ class MopConfig(HeadConfig):
     original system's (scale 50, temperature 0.07, mean penalty)."""
     num_prompts: PositiveInt = 32
     """Sub-prompts a class (K)."""
-    scale: PositiveFloat = 100.0
+    scale: PositiveFloat = 50.0
     """What cosines are multiplied by (κ), > 0."""
     classification_temperature: PositiveFloat = 1.0
     """What scaled cosines are divided by inside the classification loss (T_cls), > 0."""
-    mixture_weight: float = Field(default=0.5, ge=0.0, le=1.0)
+    mixture_weight: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of the mixture loss (λ), 0..1; the classification loss has the rest."""
-    offset_penalty: NonNegativeFloat = 0.001
+    offset_penalty: NonNegativeFloat = 3.0
     """Weight of the squared offsets, >= 0."""
     penalty_reduction: PenaltyReduction = "sum_per_prompt"
     """`sum_per_prompt`: squared length of an offset, averaged over prompts; `mean`: averaged over
@@ -209,10 +209,10 @@ class Mop(Head):
         self,
         base: Tensor,
         num_prompts: int = 32,
-        scale: float = 100.0,
+        scale: float = 50.0,
         classification_temperature: float = 1.0,
-        mixture_weight: float = 0.5,
-        offset_penalty: float = 0.001,
+        mixture_weight: float = 0.1,
+        offset_penalty: float = 3.0,
         penalty_reduction: PenaltyReduction = "sum_per_prompt",
         hard: bool = False,
         tau_start: float = 1.0,

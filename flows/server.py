@@ -8,6 +8,7 @@ and ends when the pipe to its parent closes, however that comes about. It works 
 Prefect database, so that the runs stay visible.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -109,6 +110,8 @@ def complete(call: Callable[[], State[Any]]) -> State[Any]:
     """
     with temporary_settings(_reach_api()):
         state = call()
+        # It would warn, at every exit, that it is still sending the last event.
+        logging.getLogger("prefect.EventsWorker").setLevel(logging.ERROR)
     if not state.is_completed():
         raise FlowError(state.message or f"the flow run ended as {state.name}")
     return state

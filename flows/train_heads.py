@@ -104,7 +104,7 @@ def train_heads(cache: Path, heads: list[HeadTraining]) -> State[Any]:
         post_report(f"heads-{cache.name}", f"Heads on {cache}", rows, markdown_table(rows))
     if failures:
         return Failed(message=f"{len(failures)} of {len(heads)} heads failed; {failures[0]}")
-    return Completed(message=f"{len(rows)} heads trained on {cache}", data=rows)
+    return Completed(message=f"{len(rows)} of {len(heads)} heads trained on {cache}", data=rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What flows do with sessions and heads that fail, against a server but without any model."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +8,14 @@ from typing import Any, Self
 
 import httpx
 import pytest
+from prefect.logging.handlers import APILogHandler
 from prefect.settings import temporary_settings
 
 from featcache.datasets.folder import FolderConfig
 from featcache.errors import CacheError, DatasetError
 from featcache.extract import ExtractConfig, ExtractReport, Shard, ShardReport
 from flows import artifacts, extract, train_heads
+from flows.server import FlowError, complete, run_flow
 from heads.train import TrainConfig, TrainReport
 
 pytestmark = pytest.mark.flows
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.flows
 def _on_our_server(prefect: Any) -> Iterator[None]:
     with temporary_settings({"api.url": prefect.environment["PREFECT_API_URL"]}):
         yield
+        APILogHandler().flush()  # while the server is there
 
 
 class Session:
@@ -125,6 +129,28 @@ def test_dataset_that_cannot_be_opened_is_one_line(
     state = extract.extract_features(config, return_state=True)
     assert state.is_failed()
     assert state.message == "no images below data/x"
+
+
+def test_command_ends_as_its_flow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: ExtractConfig) -> None:
+        raise DatasetError("no images below data/x")
+
+    monkeypatch.setattr(extract, "plan", refuse)
+    monkeypatch.setattr(sys, "argv", ["extract", "--dataset.root", "data/x", "--cache", "c"])
+    with pytest.raises(SystemExit) as ended:
+        run_flow(ExtractConfig, lambda config: extract.extract_features(config, return_state=True))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no images below data/x"
+
+
+def test_server_that_does_not_answer_is_named() -> None:
+    with (
+        temporary_settings({"api.url": "http://127.0.0.1:9/api"}),
+        pytest.raises(FlowError, match=r"no Prefect server answers at http://127\.0\.0\.1:9/api"),
+    ):
+        complete(lambda: pytest.fail("the flow was called"))
 
 
 def test_extraction_completes_when_its_report_cannot_be_posted(

@@ -246,7 +246,7 @@ def main() -> None:
     print("\nC=10000 K=32 D=512 B=1024, MiB above parameters, gradient and AdamW state:", large)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": "python benchmarks/mop.py",
+        "command": f"python benchmarks/mop.py --repeats {arguments.repeats}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),

@@ -34,7 +34,6 @@ from heads.losses.prompt_chunks import (
     chunk_classes,
     class_spans,
     csr_matrix,
-    empty_in_huge_pages,
     rows_by_class,
     sparse_products,
     starts_of,
@@ -417,7 +416,7 @@ def _gradient(
         pair_entries = (rows, prompts, slope * share, top)
         pair_bounds = starts_of(prompts // num_prompts, edges)
 
-    result = empty_in_huge_pages(offsets)
+    result = torch.empty_like(offsets, memory_format=torch.contiguous_format)
     for index, (start, stop) in enumerate(spans):
         mine = slice(own_bounds[index], own_bounds[index + 1])
         if sparse_pairs:

@@ -5,7 +5,6 @@ K prompts a class, D width.
 """
 
 import functools
-import mmap
 import warnings
 from collections.abc import Iterator
 
@@ -111,16 +110,3 @@ def _accept_sparse_csr() -> None:
         torch.sparse_csr_tensor(
             index, index[:0], torch.zeros(0), size=(1, 1), check_invariants=False
         )
-
-
-def empty_in_huge_pages(like: Tensor) -> Tensor:
-    """An uninitialised tensor of the same shape, in 2 MiB pages where Linux gives them.
-
-    A fresh 64 MB gradient costs 16,000 page faults, four times the arithmetic that fills it.
-    """
-    num_bytes = like.numel() * like.element_size()
-    if like.device.type != "cpu" or num_bytes < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)

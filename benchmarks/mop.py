@@ -229,7 +229,20 @@ def main() -> None:
         form, num_rows, num_classes, regime, with_optimizer = arguments.child
         child(form, int(num_rows), int(num_classes), regime, with_optimizer == "1")
         return
-    results = []
+    record: dict[str, Any] = {
+        "command": f"python benchmarks/mop.py --repeats {arguments.repeats}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "results": [],
+        "large_step_mib_above_state": {},
+    }
+
+    def save() -> None:  # after each part: a run takes ten minutes
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
     plan = [
         (512, "random", "sharp"),
         (4096, "random", "sharp"),
@@ -237,24 +250,15 @@ def main() -> None:
         (4096, "gap", "moderate"),
     ]
     for num_rows, data, regime in plan:
-        results.append(measure(num_rows, data, regime, arguments.repeats))
-        show(results[-1])
-    large = {
-        regime: peak_memory("fused", 1024, 10_000, regime, True)["above_state"] / 2**20
-        for regime in REGIMES
-    }
-    print("\nC=10000 K=32 D=512 B=1024, MiB above parameters, gradient and AdamW state:", large)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": f"python benchmarks/mop.py --repeats {arguments.repeats}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "results": results,
-        "large_step_mib_above_state": large,
-    }
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        record["results"].append(measure(num_rows, data, regime, arguments.repeats))
+        show(record["results"][-1])
+        save()
+    print("\nC=10000 K=32 D=512 B=1024, MiB above parameters, gradient and AdamW state:")
+    for regime in REGIMES:
+        mib = peak_memory("fused", 1024, 10_000, regime, True)["above_state"] / 2**20
+        record["large_step_mib_above_state"][regime] = mib
+        print(f"  {regime} {mib:.0f}", flush=True)
+        save()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """One array of a cache: rows out of mapped files, without decoding."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,10 @@ from featcache.chunks import ArrayFiles, require
 from featcache.errors import ConfigError
 from featcache.mapping import MAX_FILES, can_map, map_array, map_chunks
 from featcache.store import Store
+
+_COPY_THREADS = min(4, os.cpu_count() or 1)
+_BYTES_PER_THREAD = 16 << 20
+"""Below this, starting a thread costs more than it copies meanwhile."""
 
 
 class FeatureArray:
@@ -157,7 +164,7 @@ class FeatureArray:
     def _read_range(self, start: int, stop: int, out: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
         out = self._output(out, (stop - start, *self.shape[1:]))
         if self.view is not None:
-            np.copyto(out, self.view[start:stop])
+            _copy(self.view[start:stop], out)
         elif self.blocks is not None:
             size = self._files.chunk_rows
             for chunk in self._files.chunks_of(start, stop) if stop > start else ():
@@ -181,6 +188,26 @@ class FeatureArray:
                 f"{self.dtype}{shape}"
             )
         return out
+
+
+def _copy(source: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """Copies `source` into `out`, a big one in parts by several threads.
+
+    One thread does not fill the memory's bandwidth, least of all into new pages, which the kernel
+    has to clear first.
+    """
+    threads = min(_COPY_THREADS, source.nbytes // _BYTES_PER_THREAD)
+    if threads < 2:
+        np.copyto(out, source)
+        return
+    bounds = np.linspace(0, len(source), threads + 1).astype(np.int64).tolist()
+    with ThreadPoolExecutor(threads) as executor:
+        parts = [
+            executor.submit(np.copyto, out[first:last], source[first:last])
+            for first, last in pairwise(bounds)
+        ]
+        for part in parts:
+            part.result()
 
 
 def _take(source: npt.NDArray[Any], rows: Rows, out: npt.NDArray[Any], view: int | None) -> None:

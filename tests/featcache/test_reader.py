@@ -17,6 +17,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
+from featcache import feature_array
 from featcache.batches import plan_batches
 from featcache.chunks import sealed
 from featcache.errors import CacheError, CacheMismatchError, ConfigError
@@ -347,3 +348,12 @@ def test_opening_needs_no_zarr(written: Make) -> None:
         [sys.executable, "-c", code, made.path], capture_output=True, text=True, check=True
     )
     assert re.sub(r"\s", "", done.stdout) == "[]"
+
+
+def test_a_big_copy_in_threads_equals_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_array, "_BYTES_PER_THREAD", 1 << 10)
+    monkeypatch.setattr(feature_array, "_COPY_THREADS", 3)
+    source = np.random.default_rng(0).standard_normal((1001, 7)).astype(np.float16)
+    out = np.zeros_like(source)
+    feature_array._copy(source, out)
+    np.testing.assert_array_equal(out, source)

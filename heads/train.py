@@ -50,13 +50,16 @@ from heads.run_folder import Checkpoint, RunError
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = "last.safetensors"
+"""State of an unfinished training, in its run folder."""
+
 SAVE_SECONDS = 10.0
 """Time between two saved states, if the user names no number of epochs."""
 
 _THREADS_PAY = 2**25
 """Multiplications a step from which on several threads are faster than the barriers they cost."""
 
-_FREE = {"cache", "run", "restart", "save_every", "device", "quiet"}
+_FREE = {"cache", "run", "resume", "restart", "save_every", "device", "quiet"}
 """Options that may differ between the runs of one training: they do not change what is computed."""
 
 
@@ -93,6 +96,9 @@ class TrainConfig(Config):
     """auto (the GPU if there is one), cpu or cuda:N."""
     run: Path | None = None
     """Run folder; unset = runs/<cache>-<head>-<hash of this configuration>."""
+    resume: bool = True
+    """Go on where an interrupted training in the run folder stopped, bit for bit; otherwise begin
+    that training anew."""
     restart: bool = False
     """Train anew even if the run folder holds a finished or interrupted training."""
     quiet: bool = False
@@ -167,6 +173,8 @@ def run(config: TrainConfig) -> TrainReport:
                 print(f"{folder}: trained already with this configuration (--restart trains anew)")
                 print(summary(report))
             return report
+        if not config.resume:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         started = time.perf_counter()
         train = FeatureTable(array, parts.train.rows, device)
         spec = feature_spec(cache, config.head, train, class_counts(parts.train, cache.num_classes))
@@ -218,7 +226,7 @@ def run(config: TrainConfig) -> TrainReport:
 
             draw_curves(history, folder / "curves.png", _title(config), values["metric"])
         run_folder.write_json(folder / "metrics.json", values)
-        (folder / "last.safetensors").unlink(missing_ok=True)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
     report = TrainReport(folder, values)
     if not config.quiet:
         print(summary(report))
@@ -248,7 +256,7 @@ def fit(
     targets = torch.from_numpy(material.train_part.targets)
     targets = targets.to(device, torch.float32 if targets.ndim == 2 else torch.int64)
     best, history = NOTHING, list[dict[str, Any]]()
-    last = config.run / "last.safetensors"
+    last = config.run / CHECKPOINT
     if last.is_file():
         best, history = _restore(run_folder.read_tensors(last), head, optimizer, cache_fingerprint)
     progress = ProgressLine(config.quiet)

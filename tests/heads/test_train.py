@@ -134,6 +134,20 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
         assert len(_curve(tmp_path / run)) == 6
 
 
+def test_without_resume_an_interrupted_training_begins_anew(
+    make_single: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(make_single(), run=tmp_path / "run", optim=OptimConfig(epochs=4), save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        _run_interrupted(asked, 2)
+    assert (tmp_path / "run" / "last.safetensors").is_file()
+    epochs = []
+    original = train._epoch_means
+    monkeypatch.setattr(train, "_epoch_means", lambda *args: epochs.append(1) or original(*args))
+    train.run(asked.model_copy(update={"resume": False}))
+    assert len(epochs) == 4
+
+
 def test_a_killed_process_resumes_bit_for_bit(make_single: CacheMaker, tmp_path: Path) -> None:
     cache = make_single(splits={"train": 3000, "val": 60, "test": 60})
     optim = OptimConfig(epochs=30, batch_size=16)

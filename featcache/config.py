@@ -9,6 +9,7 @@ import difflib
 import importlib
 import json
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -226,12 +227,44 @@ def _expand_kinds(model: type[Config], arguments: list[str]) -> list[str]:
     return expanded
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with a hint for misspelt flags."""
+def _kind_texts(model: type[Config], prefix: str = "") -> dict[str, str]:
+    """Help, by flag, of the options that not all kinds have, or that mean different things."""
+    texts: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        members = _nested_models(field.annotation)
+        meanings: dict[str, dict[str, list[str]]] = {}
+        for member in members:
+            texts |= _kind_texts(member, f"{prefix}{name}.")
+            for option, part in member.model_fields.items() if field.discriminator else ():
+                by_text = meanings.setdefault(f"--{prefix}{name}.{option}", {})
+                kind = str(member.model_fields["kind"].default)
+                by_text.setdefault(part.description or "", []).append(kind)
+        for flag, by_text in meanings.items():
+            if flag.endswith(".kind") or list(map(len, by_text.values())) == [len(members)]:
+                continue
+            texts[flag] = " ".join(f"[{', '.join(kinds)}] {t}" for t, kinds in by_text.items())
+    return texts
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; hints at misspelt flags, tells kinds' options apart."""
+
+    def __init__(self, *args: Any, kind_texts: Mapping[str, str] | None = None, **kwargs: Any):
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
+        self._kind_texts = kind_texts or {}
+
+    def format_help(self) -> str:
+        """The help text; an option that only some kinds have begins with their names."""
+        for action in self._actions:
+            text = next(
+                (self._kind_texts[f] for f in action.option_strings if f in self._kind_texts), ""
+            )
+            if text:
+                default = re.search(r"\(default: .*\)$", str(action.help), re.DOTALL)
+                shown = f" {default[0]}" if default and text.count("[") == 1 else ""
+                action.help = text.replace("%", "%%") + shown
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -259,7 +292,12 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
         )
 
     settings = type(model.__name__, (Settings, model), {"__doc__": model.__doc__})
-    parser = _Parser(prog=program, description=model.__doc__)
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s [--config FILE] [--option VALUE ...]",
+        description=model.__doc__,
+        kind_texts=_kind_texts(model),
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with the same names; flags beat it"
     )

@@ -77,6 +77,8 @@ def extract_features(config: ExtractConfig) -> State[Any]:
         post_report(config.cache.name, f"Cache {report.cache}", rows, _summary(report, invalid))
         rate = report.images_per_second["total"]
         message += f"; {report.num_extracted} extracted at {rate} images/s"
+    else:
+        message += "; it was complete, nothing was extracted"
     return Completed(message=message, data=report.record())
 
 

@@ -76,6 +76,7 @@ def train_head(kind: str, config: TrainConfig) -> Any:
         "parameters": values["num_parameters"],
         "epochs": values["epochs"],
         "seconds": values["seconds"],
+        "reused": report.reused,
         "run": str(report.run),
     }
 
@@ -104,7 +105,11 @@ def train_heads(cache: Path, heads: list[HeadTraining]) -> State[Any]:
         post_report(f"heads-{cache.name}", f"Heads on {cache}", rows, markdown_table(rows))
     if failures:
         return Failed(message=f"{len(failures)} of {len(heads)} heads failed; {failures[0]}")
-    return Completed(message=f"{len(rows)} of {len(heads)} heads trained on {cache}", data=rows)
+    reused = [row["head"] for row in rows if row["reused"]]
+    message = f"{len(rows)} of {len(heads)} heads trained on {cache}"
+    if reused:
+        message += f"; {', '.join(reused)} earlier, with the same options"
+    return Completed(message=message, data=rows)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,18 @@ def build(kind: str, task: str, seed: int = 0) -> Head:
     pytest.skip(f"{kind} does not do {task}")
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_does_at_least_one_task(kind: str) -> None:
+    def does(task: str) -> bool:
+        try:
+            HEADS[kind]().build(spec(task))
+        except ConfigError:
+            return False
+        return True
+
+    assert any(map(does, TASKS)), "every check of this head would be skipped"
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", HEADS)
 class TestHeads:

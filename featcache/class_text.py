@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import Backbone
@@ -23,8 +25,10 @@ def class_text_features(
 ) -> npt.NDArray[np.float32]:
     """Text features of every class in every template, not normalised.
 
-    They are kept in the cache under `class_text/`; the backbone is opened only when these prompts
-    have not been encoded before. A cache that may not be written is left as it is.
+    Each template's features are kept in the cache under `class_text/`, by the sentences it makes,
+    so that any choice, order or weighting of known templates needs no text tower: the backbone is
+    opened only for templates that have not been encoded before. A cache that may not be written is
+    left as it is.
 
     Args:
         cache: an opened cache.
@@ -40,23 +44,52 @@ def class_text_features(
         BackboneError: if the backbone has no text tower.
     """
     prompts = format_prompts(cache.classes, templates)
-    weights = cache.identity.backbone.weights
-    name = f"class_text/{fingerprint([prompts, weights, cache.identity.precision])}"
-    if cache.has(name):
-        return np.asarray(cache.array(name).read(), dtype=np.float32)
-    backbone = open_backbone()
-    require_backbone(cache, backbone)
-    features = _encode(backbone, [text for texts in prompts for text in texts])
-    features = features.reshape(len(prompts), cache.num_classes, -1)
-    if os.access(cache.path, os.W_OK) and os.access(cache.path.parent, os.W_OK):
-        kept = {
-            "templates": list(templates),
-            "class_hash": cache.class_hash,
-            "weights": weights,
-            "precision": backbone.precision,
-        }
-        cache.store.put_array(name, features, kept)
-    return features
+    names = [text_array_name(cache, texts) for texts in prompts]
+    held = dict.fromkeys(name for name in names if cache.has(name))
+    missing = {
+        name: (template, texts)
+        for name, template, texts in zip(names, templates, prompts, strict=True)
+        if name not in held
+    }
+    features = {name: np.asarray(cache.array(name).read(), np.float32) for name in held}
+    if missing:
+        backbone = open_backbone()
+        require_backbone(cache, backbone)
+        encoded = _encode(backbone, [texts for _, texts in missing.values()])
+        features |= dict(zip(missing, encoded, strict=True))
+        if os.access(cache.path, os.W_OK) and os.access(cache.path.parent, os.W_OK):
+            for name, (template, _) in missing.items():
+                kept = {
+                    "template": template,
+                    "class_hash": cache.class_hash,
+                    "weights": cache.identity.backbone.weights,
+                    "precision": backbone.precision,
+                }
+                cache.store.put_array(name, features[name], kept)
+    return np.stack([features[name] for name in names])
+
+
+def text_array_name(cache: Cache, texts: Sequence[str]) -> str:
+    """Array that holds the features of one template's C sentences."""
+    weights, precision = cache.identity.backbone.weights, cache.identity.precision
+    return f"class_text/{fingerprint([list(texts), weights, precision])}"
+
+
+def ensemble(prompts: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """(C, P) unit class vectors: templates normalised, averaged, normalised again.
+
+    Reference: Radford et al., Learning Transferable Visual Models From Natural Language
+    Supervision, 2021, section 3.1.4.
+
+    Args:
+        prompts: (T, C, P) float32, not normalised.
+        weights: T shares of the mean, each 0 or more; None = equal.
+    """
+    unit = F.normalize(prompts, dim=-1)
+    if weights is None:
+        return F.normalize(unit.mean(0), dim=-1)
+    share = torch.as_tensor(weights, dtype=unit.dtype, device=unit.device)
+    return F.normalize(torch.einsum("t,tcp->cp", share / share.sum(), unit), dim=-1)
 
 
 def open_cache_backbone(
@@ -99,10 +132,15 @@ def require_backbone(cache: Cache, backbone: Backbone) -> None:
         )
 
 
-def _encode(backbone: Backbone, texts: list[str]) -> npt.NDArray[np.float32]:
-    parts = []
+def _encode(backbone: Backbone, prompts: list[list[str]]) -> npt.NDArray[np.float32]:
+    """(T, C, P) features of T lists of C sentences; equal ones (a genus' species) are run once."""
+    distinct = {text: i for i, text in enumerate(dict.fromkeys(t for row in prompts for t in row))}
+    texts, parts = list(distinct), []
     with torch.inference_mode():
         for start in range(0, len(texts), TEXT_BATCH):
             encoded = backbone.encode_text(texts[start : start + TEXT_BATCH])
             parts.append(encoded.float().cpu().numpy())
-    return np.concatenate(parts)
+    features = np.concatenate(parts)
+    index = np.asarray([[distinct[text] for text in row] for row in prompts])
+    found: npt.NDArray[np.float32] = features[index]
+    return found

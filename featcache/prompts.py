@@ -19,6 +19,7 @@ from string import Formatter
 import pandas as pd
 
 from featcache.errors import ConfigError
+from featcache.prompt_sets import PUBLISHED
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "plain": ("a photo of a {name}.",),
@@ -74,9 +75,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a handwritten {numeral}.",
         "the number {name} written by hand.",
     ),
+    **PUBLISHED,
 }
 """Template sets by name. `common`, `scientific` and `both` are zero-shot baselines by the kind of
-name they use; the others suit one kind of class table."""
+name they use; the sets of `prompt_sets` belong to published datasets; the others suit one kind of
+class table."""
 
 FALLBACKS: dict[str, tuple[str, ...]] = {
     "common_name": ("common_name", "scientific_name", "name"),
@@ -89,13 +92,24 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
 _METADATA = ("class", "phylum", "kingdom", "numeral")
 
 
+_SET_OF_KIND = {
+    "birdsnap": "birds",
+    "cub200": "birds",
+    "gtsrb": "traffic_signs",
+    "stanford_cars": "cars",
+    "imagenet_folder": "imagenet",
+    "wordnet_folder": "imagenet",
+}
+"""Sets that suit a dataset kind of another name, if its class table says nothing better."""
+
+
 def choose(kind: str, columns: Sequence[str]) -> str:
     """Name of the template set that suits a dataset.
 
     Args:
-        kind: dataset kind; a set of the same name (`garden`, `digits`) wins.
+        kind: dataset kind; a set of the same name (`garden`, `cifar10`) wins.
         columns: columns of the class table; make and model mean vehicles; genus, family or order
-            biology; anything else generic.
+            biology; anything else the kind's nearest set, or generic.
     """
     if kind in TEMPLATES:
         return kind
@@ -103,7 +117,39 @@ def choose(kind: str, columns: Sequence[str]) -> str:
         return "vehicles"
     if {"genus", "family", "order"} & set(columns):
         return "biology"
-    return "generic"
+    return _SET_OF_KIND.get(kind, "generic")
+
+
+def choose_zero_shot(kind: str, columns: Sequence[str]) -> str:
+    """Name of the set for a zero-shot baseline: `both` where classes have both kinds of names."""
+    return "both" if {"common_name", "scientific_name"} <= set(columns) else choose(kind, columns)
+
+
+def expand(names: str | Sequence[str], option: str = "templates") -> list[str]:
+    """The templates that names of sets and own format strings mean, in order, each once.
+
+    Args:
+        names: one or several; what contains a brace is a template, anything else a set's name.
+        option: what error messages call the option.
+
+    Raises:
+        ConfigError: for a name that no set has, or when nothing is left.
+    """
+    found: list[str] = []
+    for name in [names] if isinstance(names, str) else names:
+        if "{" in name or "}" in name:
+            template_fields(name)  # a mistake is named before anything is encoded
+            found.append(name)
+        elif name in TEMPLATES:
+            found += TEMPLATES[name]
+        else:
+            raise ConfigError(
+                f"{option}: no template set {name!r}; known: {', '.join(sorted(TEMPLATES))}, or "
+                'give templates such as "a photo of a {name}."'
+            )
+    if not found:
+        raise ConfigError(f"{option}: found an empty list of prompt templates; give at least one")
+    return list(dict.fromkeys(found))
 
 
 def format_prompts(

@@ -4,7 +4,7 @@ Adding a head is one new file in `heads/models`: subclass `HeadConfig` and `Head
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -30,6 +30,7 @@ class FeatureSpec:
         prompts: (T, C, P) float32 per-template class text features, not normalised; None if the
             head did not ask for text.
         logit_scale: multiplier of image-text cosines that the backbone was trained with.
+        templates: T templates that `prompts` were made from; empty = not known.
         mean, std: (D,) float32 of the training rows' features, for heads that ask for them; None
             otherwise, and when a trained head is loaded (its own tensors hold them).
     """
@@ -43,6 +44,7 @@ class FeatureSpec:
     logit_scale: float
     mean: Tensor | None = None
     std: Tensor | None = None
+    templates: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

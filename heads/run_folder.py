@@ -263,6 +263,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
         classes=classes,
         prompts=prompts,
         logit_scale=record["logit_scale"],
+        templates=record["templates"],
     )
     with torch.random.fork_rng(devices=[]):  # initial values are overwritten at once
         head = config.build(spec)

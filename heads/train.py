@@ -354,9 +354,8 @@ def feature_spec(
     cache: Cache, head: HeadConfig, table: FeatureTable, counts: np.ndarray[Any, Any]
 ) -> FeatureSpec:
     """What a head is told about the cache: sizes, classes, statistics, class text features."""
-    prompts = None
+    prompts, templates = None, run_folder.template_list(cache, head)
     if head.needs_prompts:
-        templates = run_folder.template_list(cache, head)
         device = table.device.type
         features = class_text_features(cache, templates, lambda: open_cache_backbone(cache, device))
         prompts = torch.from_numpy(features)
@@ -371,6 +370,7 @@ def feature_spec(
         logit_scale=float(cache.attributes["logit_scale"]),
         mean=None if mean is None else mean.cpu(),
         std=None if std is None else std.cpu(),
+        templates=templates,
     )
 
 

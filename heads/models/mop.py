@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featcache.errors import ConfigError
-from featcache.prompts import TEMPLATES, choose
+from featcache.prompts import choose, expand
 from heads.base import FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.mixture_of_prompts import (
     Method,
@@ -105,8 +105,8 @@ class MopConfig(HeadConfig):
     min_usage: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of a class's rows that each prompt should get, 0..1/num_prompts."""
     templates: str | list[str] | None = None
-    """Prompt templates: a set's name or format strings over the class table's columns; unset:
-    chosen by the dataset."""
+    """Prompt templates: names of sets, or format strings over the class table's columns, one or
+    several; unset: chosen by the dataset."""
     method: Method = "auto"
     """How the loss is computed; `auto` fits the machine and the temperatures."""
 
@@ -133,15 +133,8 @@ class MopConfig(HeadConfig):
         Raises:
             ConfigError: if `templates` names no known set.
         """
-        if isinstance(self.templates, list):
-            return list(self.templates)
-        name = self.templates or choose(kind, list(classes.columns))
-        if name not in TEMPLATES:
-            raise ConfigError(
-                f"head.templates: no set of templates is called {name!r}; "
-                f"expected one of {', '.join(sorted(TEMPLATES))}, or a list of templates"
-            )
-        return list(TEMPLATES[name])
+        names = self.templates or choose(kind, [str(column) for column in classes.columns])
+        return expand(names, "head.templates")
 
     def build(self, spec: FeatureSpec) -> "Mop":
         """The head around the class text features of `spec`.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featcache import class_text
-from featcache.class_text import class_text_features, open_cache_backbone
+from featcache.class_text import class_text_features, ensemble, open_cache_backbone
 from featcache.errors import CacheError, CacheMismatchError
 from featcache.reader import Cache, open_cache
 from featcache.store import verify
@@ -60,10 +60,49 @@ def test_features_are_encoded_once_and_kept(written: Make, monkeypatch: pytest.M
     again = class_text_features(open_cache(made.path), TEMPLATES, open_backbone)
     np.testing.assert_array_equal(again, first)
     assert len(opened) == 1
-    swapped = class_text_features(cache, TEMPLATES[::-1], open_backbone)
-    np.testing.assert_array_equal(swapped, first[::-1])
-    assert len(opened) == 2
     assert verify(made.path) == []
+
+
+def test_any_choice_of_known_templates_needs_no_text_tower(written: Make) -> None:
+    cache = open_cache(written().path)
+    encoder = Encoder(cache)
+    class_text_features(cache, TEMPLATES, lambda: encoder)
+
+    def refuse() -> Any:
+        raise AssertionError("the text tower was opened")
+
+    for order in ([1, 0], [1], [0, 1, 0]):
+        chosen = [TEMPLATES[index] for index in order]
+        found = class_text_features(open_cache(cache.path), chosen, refuse)
+        np.testing.assert_array_equal(found, expected()[order])
+    mixed = class_text_features(cache, [TEMPLATES[0], "one {name}", TEMPLATES[1]], lambda: encoder)
+    np.testing.assert_array_equal(mixed[[0, 2]], expected())
+    assert mixed[1, 0, 0] == len("one oak")
+    assert encoder.batches == [6, 3], "only the new template's three sentences were encoded"
+
+
+def test_equal_sentences_are_encoded_once(written: Make) -> None:
+    cache = open_cache(written().path)
+    encoder = Encoder(cache)
+    features = class_text_features(cache, ["a {family}x", "a {name}", "a x"], lambda: encoder)
+    assert encoder.batches == [4], "all classes share two of the three templates' sentence"
+    assert features.shape == (3, 3, 2)
+    np.testing.assert_array_equal(features[0], features[2])
+    np.testing.assert_array_equal(features[2], [[3, sum(map(ord, "a x"))]] * 3)
+
+
+def test_an_ensemble_is_the_weighted_mean_of_unit_vectors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(3, 4, 5, generator=generator) * torch.tensor([1, 9, 100.0])[:, None, None]
+    plain = given.numpy().astype(np.float64)
+    for weights in (None, [2, 1, 0], [0.5, 0.5, 0.5]):
+        shares = np.asarray(weights or [1, 1, 1]) / sum(weights or [1, 1, 1])
+        for c in range(4):
+            total = sum(
+                share * plain[t, c] / np.linalg.norm(plain[t, c]) for t, share in enumerate(shares)
+            )
+            found = ensemble(given, weights)[c].numpy()
+            np.testing.assert_allclose(found, total / np.linalg.norm(total), atol=1e-6)
 
 
 def test_another_backbone_is_refused(written: Make) -> None:

@@ -4,7 +4,15 @@ import pandas as pd
 import pytest
 
 from featcache.errors import ConfigError
-from featcache.prompts import TEMPLATES, choose, format_prompts, known_fields, template_fields
+from featcache.prompts import (
+    TEMPLATES,
+    choose,
+    choose_zero_shot,
+    expand,
+    format_prompts,
+    known_fields,
+    template_fields,
+)
 
 SPECIES = pd.DataFrame(
     {
@@ -75,6 +83,10 @@ def test_underscores_become_blanks_unless_kept() -> None:
         ("table", ["name", "make"], "generic"),
         ("garden", ["name", "genus"], "garden"),
         ("digits", ["name", "numeral"], "digits"),
+        ("cifar10", ["name"], "cifar10"),
+        ("flowers102", ["name"], "flowers102"),
+        ("stanford_cars", ["name", "make", "model"], "vehicles"),
+        ("stanford_cars", ["name"], "cars"),
     ],
 )
 def test_choice(kind: str, columns: list[str], expected: str) -> None:
@@ -85,6 +97,59 @@ def test_zero_shot_sets_have_four_and_six_templates() -> None:
     assert [len(TEMPLATES[name]) for name in ("common", "scientific", "both")] == [4, 4, 6]
     for template in TEMPLATES["common"]:
         assert template_fields(template) == ["common_name"]
+
+
+def test_a_zero_shot_baseline_uses_both_kinds_of_names() -> None:
+    assert choose_zero_shot("table", ["name", "common_name", "scientific_name"]) == "both"
+    assert choose_zero_shot("table", ["name", "common_name", "genus"]) == "biology"
+
+
+def test_imagenet_sets_are_those_of_open_clip() -> None:
+    from open_clip import zero_shot_metadata as theirs
+
+    classes = pd.DataFrame({"name": ["tench"]})
+    for name, functions in (
+        ("imagenet", theirs.OPENAI_IMAGENET_TEMPLATES),
+        ("imagenet_7", theirs.SIMPLE_IMAGENET_TEMPLATES),
+    ):
+        found = [texts[0] for texts in format_prompts(classes, TEMPLATES[name])]
+        assert found == [function("tench") for function in functions]
+    assert set(TEMPLATES["imagenet_7"]) < set(TEMPLATES["imagenet"])
+
+
+def test_published_sets_have_their_sizes_and_no_foreign_field() -> None:
+    sizes = {"imagenet": 80, "cifar10": 18, "cifar100": 18, "caltech101": 34, "ucf101": 48}
+    sizes |= {"dtd": 8, "eurosat": 3, "fgvc_aircraft": 2, "flowers102": 1, "cars": 8}
+    for name, size in sizes.items():
+        assert len(TEMPLATES[name]) == size, name
+        assert {field for text in TEMPLATES[name] for field in template_fields(text)} == {"name"}
+    assert TEMPLATES["ucf101"][0] == "a photo of a person {name}."
+    assert TEMPLATES["ucf101"][-1] == "a demonstration of the person practicing {name}."
+
+
+def test_names_and_templates_mix_in_order_and_only_once() -> None:
+    assert expand("plain") == ["a photo of a {name}."]
+    assert expand(["one {name}", "plain", "cars"]) == [
+        "one {name}",
+        "a photo of a {name}.",
+        *TEMPLATES["cars"][1:],
+    ]
+    assert expand("the {name}") == ["the {name}"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("imagnet", "head.templates: no template set 'imagnet'; known: biology, birds"),
+        (["plain", "imagnet"], "no template set 'imagnet'"),
+        ([], "head.templates: found an empty list"),
+        ("a {name", "expected '}' before end of string"),
+    ],
+)
+def test_unknown_sets_are_named(names: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        expand(names, "head.templates")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))

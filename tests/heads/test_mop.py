@@ -168,7 +168,7 @@ def test_templates_by_name_by_list_and_by_dataset() -> None:
     assert MopConfig(templates=["a {name}"]).template_names(classes, "x") == ["a {name}"]
     assert MopConfig(templates="plain").template_names(classes, "x") == list(TEMPLATES["plain"])
     assert MopConfig().template_names(classes, "x")
-    with pytest.raises(ConfigError, match="no set of templates is called 'nope'"):
+    with pytest.raises(ConfigError, match="no template set 'nope'"):
         MopConfig(templates="nope").template_names(classes, "x")
 
 

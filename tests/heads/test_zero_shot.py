@@ -1,5 +1,10 @@
 """The zero-shot classifier: ensembling, choice of prompts, scores."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,8 +12,11 @@ import torch
 
 from featcache.errors import BackboneError, ConfigError
 from featcache.prompts import TEMPLATES
+from featcache.reader import open_cache
+from heads import train
 from heads.base import FeatureSpec
 from heads.models.zero_shot import ZeroShot, ZeroShotConfig, ensemble
+from heads.run_folder import load_run
 
 
 def spec(prompts: torch.Tensor | None, task: str = "single_label", dim: int = 8) -> FeatureSpec:
@@ -95,3 +103,107 @@ def test_there_is_nothing_to_train() -> None:
     assert not head.trainable
     with pytest.raises(TypeError, match="nothing to train"):
         head.loss(torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), 0.0)
+
+
+def test_weights_have_to_fit() -> None:
+    classes = pd.DataFrame({"name": ["x"]})
+    with pytest.raises(ConfigError, match="found 2 weights for 1 templates; give one for each"):
+        ZeroShotConfig(templates="plain", template_weights=[1, 2]).template_names(classes, "table")
+    with pytest.raises(ValueError, match="sum to 0; at least one has to be above 0"):
+        ZeroShotConfig(template_weights=[0, 0])
+    with pytest.raises(ValueError, match="both weigh the templates"):
+        ZeroShotConfig(template_weights=[1], weigh_templates="validation")
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        ZeroShotConfig(template_weights=[1, -1])
+
+
+GOOD, BAD = "a good {name}", "a bad {name}"
+
+
+class Encoder:
+    """A text tower whose good sentences point at the class centres, bad ones at the next class."""
+
+    def __init__(self, cache: Any, centres: np.ndarray) -> None:
+        self.spec = SimpleNamespace(identity=cache.identity.backbone)
+        self.precision = "fp32"
+        self.centres = centres
+        self.num_texts = 0
+
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        self.num_texts += len(texts)
+        rows = []
+        for text in texts:
+            number = int(text.rsplit("c", 1)[1])
+            rows.append(self.centres[(number + ("bad" in text)) % len(self.centres)])
+        return torch.tensor(np.asarray(rows)).float()
+
+
+@pytest.fixture
+def trained(
+    make_single: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[..., train.TrainReport], Encoder]:
+    """Trains zero-shot heads on a cache whose text tower counts what it encodes."""
+    path = make_single(noise=0.5)
+    cache = open_cache(path)
+    rows = cache.rows("train")
+    features = cache.array("image/projected").read(rows).astype(np.float64)
+    labels = cache.labels(rows)
+    encoder = Encoder(cache, np.stack([features[labels == c].mean(0) for c in range(5)]))
+    monkeypatch.setattr(train, "open_cache_backbone", lambda cache, device: encoder)
+
+    def run(name: str, **options: Any) -> train.TrainReport:
+        head = ZeroShotConfig(templates=[GOOD, BAD], **options)
+        folder = path.parent.parent / name
+        return train.run(
+            train.TrainConfig(cache=path, head=head, run=folder, quiet=True, device="cpu")
+        )
+
+    return run, encoder
+
+
+def test_new_weights_encode_no_text(
+    trained: tuple[Callable[..., train.TrainReport], Encoder],
+) -> None:
+    run, encoder = trained
+    plain = run("plain")
+    assert encoder.num_texts == 10
+    good, bad = run("good", template_weights=[1, 0]), run("bad", template_weights=[0, 1])
+    assert encoder.num_texts == 10
+    assert good.score > 0.9 > plain.score > bad.score
+    loaded = load_run(good.run)
+    expected = torch.nn.functional.normalize(torch.tensor(encoder.centres).float(), dim=-1)
+    torch.testing.assert_close(loaded.head.vectors, expected)
+
+
+def test_validation_picks_the_template(
+    trained: tuple[Callable[..., train.TrainReport], Encoder],
+) -> None:
+    run, encoder = trained
+    report = run("validation", weigh_templates="validation")
+    assert encoder.num_texts == 10
+    assert report.metrics["candidate"] == GOOD
+    assert set(report.metrics["by_candidate"]) == {"", GOOD, BAD}
+    good = run("good", template_weights=[1, 0])
+    assert report.score == good.score
+    loaded = load_run(report.run)
+    assert loaded.config.templates == [GOOD]
+    assert loaded.record["templates"] == [GOOD, BAD]
+    torch.testing.assert_close(loaded.head.vectors, load_run(good.run).head.vectors)
+
+
+def test_several_sets_are_compared_as_sets() -> None:
+    names = [*TEMPLATES["cars"], "the {name}"]
+    given = torch.randn(9, 3, 8, generator=torch.Generator().manual_seed(0))
+    classes = pd.DataFrame({"name": ["a", "b", "c"], "count": 1})
+    counts = np.ones(3, np.int64)
+    full = FeatureSpec(8, 3, "single_label", counts, classes, given, 100.0, templates=names)
+    config = ZeroShotConfig(templates=["cars", "the {name}"], weigh_templates="validation")
+    assert config.template_names(classes, "table") == names
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    found = dict(config.build(full).candidates(features))
+    assert list(found) == ["", "cars", "the {name}"]
+    for name, part in (("", given), ("cars", given[:8]), ("the {name}", given[8:])):
+        vectors = ensemble(part)
+        expected = 100 * torch.nn.functional.normalize(features, dim=-1) @ vectors.T
+        torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(config.only(name).build(full)(features), expected)

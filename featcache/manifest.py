@@ -167,7 +167,11 @@ class Manifest:
         kept = np.concatenate(
             [np.flatnonzero(splits == name)[:limit] for name in dict.fromkeys(self.splits)]
         )
-        rows = self.rows.take(pa.array(np.sort(kept))).combine_chunks()
+        return self.only(np.sort(kept))
+
+    def only(self, kept: npt.NDArray[np.int64]) -> "Manifest":
+        """The given rows, in ascending order; training counts are those of the kept rows."""
+        rows = self.rows.take(pa.array(kept)).combine_chunks()
         classes = self.classes.assign(count=_train_counts(rows, self.num_classes))
         return Manifest(self.kind, self.root, rows, classes, self.task)
 

@@ -82,6 +82,11 @@ def labelled_part(cache: Cache, split: str) -> Part:
     return Part(split, rows[labels >= 0], labels[labels >= 0])
 
 
+def has_labels(part: Part) -> bool:
+    """Whether any row has a label; a test list without labels reads as rows without positives."""
+    return len(part) > 0 and (part.targets.ndim == 1 or bool(part.targets.any()))
+
+
 def choose_parts(
     cache: Cache,
     *,
@@ -126,7 +131,7 @@ def choose_parts(
     test = None if test_split is None else labelled_part(cache, test_split)
     if test is not None and (asked_test or select_on == "test"):
         _require_rows(test, cache)
-    if test is not None and _unlabelled(test):
+    if test is not None and not has_labels(test):
         test = None
     if select_on == "test":
         if test is None:
@@ -337,12 +342,8 @@ def _wanted(counts: IntArray, fraction: float) -> IntArray:
     return np.where(counts > 1, np.clip(share, 1, np.maximum(counts - 1, 1)), 0)
 
 
-def _unlabelled(part: Part) -> bool:
-    return not len(part) or (part.targets.ndim == 2 and not part.targets.any())
-
-
 def _require_rows(part: Part, cache: Cache) -> None:
-    if _unlabelled(part):
+    if not has_labels(part):
         raise CacheError(
             f"{cache.path}: split {part.name!r} has no valid labelled row; choose another split, "
             "or extract again with labels"

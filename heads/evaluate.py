@@ -19,9 +19,10 @@ from featcache.config import Config, run_job
 from featcache.errors import CacheMismatchError, ConfigError
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
+from featcache.shot_groups import BOUNDARIES, stated_groups
 from heads import metrics
 from heads.base import Head
-from heads.data import FeatureTable, Part, feature_array, labelled_part, require_labels
+from heads.data import FeatureTable, Part, feature_array, has_labels, labelled_part, require_labels
 from heads.run_folder import LoadedRun, RunError, load_run, write_atomic, write_json
 
 BATCH_ELEMENTS = 2**25
@@ -31,8 +32,9 @@ BATCH_ELEMENTS = 2**25
 class MetricsConfig(Config):
     """How metrics are counted."""
 
-    shot_boundaries: tuple[PositiveInt, PositiveInt] = (20, 100)
-    """Smallest number of training images of a medium and of a head class; fewer = tail."""
+    shot_boundaries: tuple[PositiveInt, PositiveInt] | None = None
+    """Smallest number of training images of a medium and of a head class; fewer = tail. Unset = the
+    groups that the dataset states (class metadata `group`), otherwise 20 and 100."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
     """Probability from which on a class counts as predicted (multi-label), 0..1."""
     levels: tuple[str, ...] | None = None
@@ -41,9 +43,10 @@ class MetricsConfig(Config):
 
     @model_validator(mode="after")
     def _ascending(self) -> "MetricsConfig":
-        low, high = self.shot_boundaries
-        if low >= high:
-            raise ValueError(f"shot_boundaries are {low} and {high}; the first must be lower")
+        if self.shot_boundaries is not None:
+            low, high = self.shot_boundaries
+            if low >= high:
+                raise ValueError(f"shot_boundaries are {low} and {high}; the first must be lower")
         return self
 
 
@@ -55,7 +58,7 @@ class EvaluateConfig(Config):
     cache: Path | None = None
     """Cache to evaluate on; unset = the one it was trained on."""
     split: str | None = None
-    """Split of the cache; unset = test if there is one, otherwise val."""
+    """Split of the cache; unset = test if it has labels, otherwise val."""
     metrics: MetricsConfig = MetricsConfig()
     """How metrics are counted."""
     device: str = "auto"
@@ -97,11 +100,13 @@ def score_split(
         RunError: if a score is NaN or infinite.
     """
     counts = classes["count"].to_numpy(np.int64)
+    boundaries = options.shot_boundaries or BOUNDARIES
+    groups = stated_groups(classes) if options.shot_boundaries is None else None
     logits = (_finite(head(table.slice(*span)), span) for span in _spans(len(part), len(classes)))
     if part.targets.ndim == 2:
         scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
         values = metrics.multi_label_metrics(
-            scores, part.targets, counts, options.shot_boundaries, options.threshold
+            scores, part.targets, counts, boundaries, options.threshold, groups
         )
         return Scores(values, _multi_label_table(scores, part.targets, classes, options.threshold))
     try:
@@ -117,7 +122,7 @@ def score_split(
         scored.append(metrics.score_rows(batch, targets[start : start + len(batch)], taxonomy))
         start += len(batch)
     rows = metrics.RowScores.concatenate(scored)
-    values = metrics.single_label_metrics(rows, counts, options.shot_boundaries, taxonomy)
+    values = metrics.single_label_metrics(rows, counts, boundaries, taxonomy, groups)
     return Scores(values, _single_label_table(rows, classes))
 
 
@@ -180,7 +185,7 @@ def evaluate_run(
     run.require_fits(cache)
     require_labels(cache)
     part = labelled_part(cache, split)
-    if not len(part):
+    if not has_labels(part):
         raise RunError(f"{cache.path}: split {split!r} has no valid labelled row to evaluate on")
     table = FeatureTable(feature_array(cache, run.config), part.rows, device)
     return score_split(run.head.to(device), table, part, run.classes, options)
@@ -198,7 +203,9 @@ def run(config: EvaluateConfig) -> Scores:
             "name the cache with --cache if this one is meant"
         )
     names = cache.split_names
-    split = config.split or next((n for n in ("test", "val") if n in names), names[0])
+    split = config.split or next(
+        (n for n in ("test", "val") if n in names and has_labels(labelled_part(cache, n))), names[0]
+    )
     scores = evaluate_run(loaded, cache, split, config.metrics, resolve_device(config.device))
     write_json(
         config.run / f"metrics_{split}.json",

@@ -16,6 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from featcache.shot_groups import BOUNDARIES, shot_groups
+
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.integer]
 
@@ -141,24 +143,6 @@ def score_rows(logits: Tensor, labels: Tensor, taxonomy: Taxonomy | None = None)
     )
 
 
-def shot_groups(
-    counts: IntArray, boundaries: tuple[int, int] = (20, 100)
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """Masks (C,) of the head, medium and tail classes.
-
-    Args:
-        counts: (C,) training images of each class.
-        boundaries: smallest count of the medium and of the head group; the default is the long-tail
-            literature's ≥100 / 20..99 / <20.
-    """
-    low, high = boundaries
-    return {
-        "head": counts >= high,
-        "medium": (counts >= low) & (counts < high),
-        "tail": counts < low,
-    }
-
-
 def per_class_accuracy(rows: RowScores, num_classes: int) -> npt.NDArray[np.float64]:
     """(C,) share of each class's rows that are right; NaN for classes without rows."""
     support = np.bincount(rows.label, minlength=num_classes)
@@ -184,8 +168,9 @@ def expected_calibration_error(
 def single_label_metrics(
     rows: RowScores,
     counts: IntArray,
-    boundaries: tuple[int, int] = (20, 100),
+    boundaries: tuple[int, int] = BOUNDARIES,
     taxonomy: Taxonomy | None = None,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """All single-label metrics by name.
 
@@ -200,6 +185,7 @@ def single_label_metrics(
         counts: (C,) training images of each class.
         boundaries: see `shot_groups`.
         taxonomy: the levels that `rows.taxa` was made with.
+        groups: C group names that are taken instead of the counts; None = count.
     """
     accuracy = per_class_accuracy(rows, len(counts))
     seen = ~np.isnan(accuracy)
@@ -211,7 +197,7 @@ def single_label_metrics(
         "mean_margin": float(rows.margin.mean(dtype=np.float64)),
         "ece": expected_calibration_error(rows.confidence, rows.rank == 0),
     }
-    metrics |= _group_means("top1", accuracy, counts, boundaries)
+    metrics |= _group_means("top1", accuracy, shot_groups(counts, boundaries, groups))
     for level, code in ({} if taxonomy is None else taxonomy.codes).items():
         truth = code[rows.label]
         known = truth >= 0
@@ -258,8 +244,9 @@ def multi_label_metrics(
     scores: FloatArray,
     targets: npt.NDArray[np.uint8],
     counts: IntArray,
-    boundaries: tuple[int, int] = (20, 100),
+    boundaries: tuple[int, int] = BOUNDARIES,
     threshold: float = 0.5,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """All multi-label metrics by name.
 
@@ -276,6 +263,7 @@ def multi_label_metrics(
         counts: (C,) training images of each class.
         boundaries: see `shot_groups`.
         threshold: probability from which on a class counts as predicted, in (0, 1).
+        groups: C group names that are taken instead of the counts; None = count.
     """
     ap = average_precision(scores, targets)
     labelled = targets.any(1)
@@ -284,7 +272,7 @@ def multi_label_metrics(
         "map": float(np.nanmean(ap)) if not np.isnan(ap).all() else 0.0,
         "num_classes_skipped": int(np.isnan(ap).sum()),
     }
-    metrics |= _group_means("map", ap, counts, boundaries)
+    metrics |= _group_means("map", ap, shot_groups(counts, boundaries, groups))
     if labelled.any():
         by_row = average_precision(scores[labelled].T, targets[labelled].T)
         metrics["map_rows"] = float(by_row.mean())
@@ -329,10 +317,10 @@ def precision_recall_f1(
 
 
 def _group_means(
-    name: str, values: FloatArray, counts: IntArray, boundaries: tuple[int, int]
+    name: str, values: FloatArray, groups: Mapping[str, npt.NDArray[np.bool_]]
 ) -> dict[str, float]:
     result: dict[str, float] = {}
-    for group, mask in shot_groups(counts, boundaries).items():
+    for group, mask in groups.items():
         kept = mask & ~np.isnan(values)
         result[f"num_{group}_classes"] = int(kept.sum())
         if kept.any():

@@ -6,9 +6,13 @@ type and a default, and implement `manifest`.
 
 from abc import abstractmethod
 
-from pydantic import PositiveInt
+import numpy as np
+import pyarrow as pa
+from pydantic import NonNegativeInt, PositiveInt
 
 from featcache.config import Config
+from featcache.datasets.shots import few_shot_rows
+from featcache.errors import DatasetError
 from featcache.manifest import Manifest
 
 
@@ -18,17 +22,47 @@ class DatasetConfig(Config):
     kind: str
     """Dataset kind."""
     limit: PositiveInt | None = None
-    """Keep only the first `limit` images of each split; unset = all."""
+    """Keep only the first `limit` images of each split (after `shots`); unset = all."""
+    shots: PositiveInt | None = None
+    """Keep only this many training images of each class, usually 1, 2, 4, 8 or 16; val and test
+    stay whole. Multi-label sets keep few images that together show every class this often. Unset =
+    all."""
+    shots_seed: NonNegativeInt = 0
+    """Seed of the draw by `shots`, 0 or larger; unused without it."""
 
     def open(self) -> Manifest:
-        """The dataset as a checked manifest, cut to `limit`.
+        """The dataset as a checked manifest, cut to `shots` and `limit`.
 
         Raises:
             DatasetError: one line with what was found, what was expected and what to do.
         """
         manifest = self.manifest()
+        if self.shots is not None:
+            manifest = few_shot(manifest, self.shots, self.shots_seed)
         return manifest if self.limit is None else manifest.limited(self.limit)
 
     @abstractmethod
     def manifest(self) -> Manifest:
         """The whole dataset as a checked manifest."""
+
+
+def few_shot(manifest: Manifest, shots: int, seed: int) -> Manifest:
+    """The manifest with `shots` training rows a class, drawn by `seed`; other splits stay whole.
+
+    Raises:
+        DatasetError: if no training row has a label.
+    """
+    train = np.flatnonzero(np.asarray(manifest.splits, dtype=object) == "train")
+    starts, stops = manifest.label_offsets[train], manifest.label_offsets[train + 1]
+    if not (stops > starts).any():
+        raise DatasetError(
+            f"{manifest.root}: shots {shots} needs labelled training images, the {manifest.kind} "
+            "dataset has none; leave dataset.shots unset"
+        )
+    # Training rows come first, so their labels are the first ones too.
+    ids = manifest.rows.column("id").take(pa.array(train)).to_pylist()
+    offsets = np.concatenate([starts - starts[0], stops[-1:] - starts[0]])
+    values = manifest.label_values[starts[0] : stops[-1]]
+    drawn = train[few_shot_rows(ids, offsets, values, shots, seed)]
+    others = np.setdiff1d(np.arange(len(manifest)), train, assume_unique=True)
+    return manifest.only(np.sort(np.concatenate([drawn, others])))

@@ -9,10 +9,10 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from pydantic import Field, NonNegativeInt, model_validator
 
 from featcache.datasets.base import DatasetConfig
+from featcache.datasets.shots import ranks
 
 ALIASES = {
     "train": "train",
@@ -70,11 +70,7 @@ def stratified(
         test_fraction: share of test, 0..1.
         seed: seed of the ranking.
     """
-    prefix = f"{seed}:"
-    ranks = np.fromiter(
-        (xxhash.xxh3_64_intdigest((prefix + text).encode()) for text in ids), np.uint64, len(ids)
-    )
-    order = np.lexsort((ranks, strata))
+    order = np.lexsort((ranks(ids, seed), strata))
     names = np.full(len(ids), "train", dtype=object)
     bounds = np.flatnonzero(np.diff(strata[order])) + 1
     # Exact fractions: 0.1 + 0.2 style rounding must not move a row.
@@ -109,3 +105,71 @@ def rarest_label(
     order = np.argsort(-counts[values], kind="stable")
     strata[rows[order]] = values[order]
     return strata
+
+
+class CarveConfig(DatasetConfig):
+    """A dataset with a test split but none for validation: that is carved out of train."""
+
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of every class's training images that becomes `val`, 0 up to but not 1. The test split
+    is never used for it."""
+    seed: NonNegativeInt = 0
+    """Seed of the validation rows, 0 or larger."""
+
+
+def carve(
+    ids: Sequence[str],
+    offsets: npt.NDArray[np.int64],
+    values: npt.NDArray[np.int32],
+    fraction: float,
+    seed: int,
+) -> npt.NDArray[np.bool_]:
+    """(N,) mask of the training rows that become validation rows; several labels a row.
+
+    Each class gives `fraction` of its rows, rounded, but at least one if it has two, and keeps at
+    least one. Where that cannot all hold (the only rows of two classes are the same), keeping wins.
+    Classes are served from the rarest to the most frequent, which is what is left to serve then.
+    Independent of row order.
+
+    Reference: Sechidis et al., On the Stratification of Multi-Label Data, 2011 (their iterative
+    form, for one held-out share, with bounds instead of expected shares).
+
+    Args:
+        ids: N unique row ids.
+        offsets: (N+1,) start of each row's labels in `values`.
+        values: class indices, one row's after the other.
+        fraction: share to hold out, 0 (nothing) up to but not 1.
+        seed: seed of the ranking.
+    """
+    num_rows = len(ids)
+    held = np.zeros(num_rows, bool)
+    if fraction == 0:
+        return held
+    rank = ranks(ids, seed)
+    labels = [values[offsets[row] : offsets[row + 1]].tolist() for row in range(num_rows)]
+    members: dict[int, list[int]] = {}
+    for row in np.argsort(rank, kind="stable").tolist():
+        for label in labels[row] or [-1]:  # rows without a label are a class of their own
+            members.setdefault(label, []).append(row)
+    counts = {name: len(rows) for name, rows in members.items()}
+    wanted = {
+        name: min(max(1, round(fraction * count)), count - 1) for name, count in counts.items()
+    }
+    wanted[-1] = round(fraction * counts.get(-1, 0))
+    have = dict.fromkeys(members, 0)
+
+    def take(name: int, bounds: dict[int, int]) -> None:
+        for row in members[name]:
+            if have[name] >= wanted[name]:
+                return
+            own = labels[row] or [-1]
+            if not held[row] and all(have[label] < bounds[label] for label in own):
+                held[row] = True
+                for label in own:
+                    have[label] += 1
+
+    spare = {name: count - 1 for name, count in counts.items()} | {-1: counts.get(-1, 0)}
+    for name in sorted(members, key=lambda name: (counts[name], name)):
+        take(name, wanted)  # first rows that overfill no class ...
+        take(name, spare)  # ... then any row that leaves each of its classes one to train on
+    return held

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from featcache.manifest import Manifest, Task
 
 SEPARATORS = (";", "|", ",")
 """Looked for between several labels in one cell; blanks otherwise."""
+
+JSON_CAPTIONS = re.compile(r'null|\[\s*(\]|".*\]|null\s*(,.*)?\])', re.DOTALL)
+"""A cell of captions that is JSON: null, or a list of strings and nulls. Other text that happens to
+start with a bracket is a caption."""
 
 
 class TableConfig(SplitConfig):
@@ -338,7 +343,7 @@ def _json_list(text: str, table: Table, row: int) -> list[Any]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         table.fail(f"found {text[:40]!r}, which is no JSON list ({error.msg})", row)
-    return list(values)
+    return [] if values is None else list(values)
 
 
 def _separator(cells: Iterable[Any], table: Table) -> str:
@@ -372,7 +377,7 @@ def _captions(table: Table, columns: Sequence[str]) -> list[list[str]] | None:
         for row, cell in enumerate(table[column]):
             if isinstance(cell, list | tuple):
                 texts: list[Any] = list(cell)
-            elif isinstance(cell, str) and cell.startswith('["') and cell.endswith("]"):
+            elif isinstance(cell, str) and JSON_CAPTIONS.fullmatch(cell.strip()):
                 texts = _json_list(cell, table, row)
             else:
                 texts = [cell]

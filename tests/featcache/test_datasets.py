@@ -266,6 +266,26 @@ def test_repeated_rows_are_captions_if_asked(table: MakeTable) -> None:
         table(text, **columns).open()
 
 
+@pytest.mark.parametrize(
+    ("cell", "captions"),
+    [
+        ("[]", []),
+        ("[ ]", []),
+        ("null", []),
+        ("[null]", []),
+        ('[null, "one"]', ["one"]),
+        ('["one", null, "two"]', ["one", "two"]),
+        ("[sic] a dog", ["[sic] a dog"]),
+        ("[null and void]", ["[null and void]"]),
+        ("null set", ["null set"]),
+    ],
+)
+def test_captions_as_json(table: MakeTable, cell: str, captions: list[str]) -> None:
+    quoted = cell.replace('"', '""')
+    manifest = table(f'path,captions\n1.jpg,"{quoted}"\n').open()
+    assert manifest.rows.column("captions").to_pylist() == [captions]
+
+
 def test_parquet_with_lists(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "2.jpg")
     pq.write_table(

@@ -127,6 +127,29 @@ def test_shot_boundaries_and_levels_are_options(make_single: CacheMaker) -> None
         MetricsConfig(shot_boundaries=(9, 9))
 
 
+def test_groups_of_the_dataset_hold_unless_boundaries_are_given(make_single: CacheMaker) -> None:
+    names = ["tail", "head", "head", "head", "medium"]
+    table = pd.DataFrame({"name": [f"c{i}" for i in range(5)], "group": names})
+    run = trained(make_single(classes=table))
+    recorded = json.loads((run / "metrics.json").read_text())["test"]
+    assert [recorded[f"num_{g}_classes"] for g in ("head", "medium", "tail")] == [3, 1, 1]
+    options = MetricsConfig(shot_boundaries=(1, 2))
+    scores = evaluate.run(EvaluateConfig(run=run, metrics=options)).metrics
+    assert scores["num_head_classes"] == 5
+
+
+def test_a_test_list_without_labels_is_not_scored(make_cache: CacheMaker) -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(size=(60, 12)).astype(np.float32)
+    labels = [[int(value > 0)] for value in features[:40, 0]] + [[] for _ in range(20)]
+    splits = ["train"] * 30 + ["val"] * 10 + ["test"] * 20
+    cache = make_cache("toy", features, labels, splits, num_classes=2, task="multi_label")
+    run = trained(cache)
+    assert evaluate.run(EvaluateConfig(run=run)).metrics["num_rows"] == 10
+    with pytest.raises(RunError, match="split 'test' has no valid labelled row"):
+        evaluate.run(EvaluateConfig(run=run, split="test"))
+
+
 def test_an_empty_split_is_refused(make_single: CacheMaker) -> None:
     run = trained(make_single())
     cache = make_single("hollow", invalid=list(range(360, 440)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn import metrics as reference
 
+from featcache.shot_groups import group_names, stated_groups
 from heads import metrics
 
 RNG = np.random.default_rng
@@ -54,6 +55,37 @@ def test_single_label_metrics_against_scikit_learn() -> None:
     exp = np.exp(logits - logits.max(1, keepdims=True))
     top = np.sort(exp / exp.sum(1, keepdims=True), 1)
     assert found["mean_margin"] == pytest.approx((top[:, -1] - top[:, -2]).mean(), abs=1e-6)
+
+
+def test_stated_groups_win_over_counts() -> None:
+    logits, labels = tied_logits(300, 4, 5), RNG(6).integers(0, 4, 300)
+    rows = metrics.score_rows(torch.from_numpy(logits), torch.from_numpy(labels))
+    counts, groups = np.asarray([500, 500, 5, 5]), ["tail", "head", "medium", "tail"]
+    found = metrics.single_label_metrics(rows, counts, groups=groups)
+    hits = rows.rank == 0
+    accuracy = [hits[labels == c].mean() for c in range(4)]
+    assert found["top1_head"] == pytest.approx(accuracy[1])
+    assert found["top1_medium"] == pytest.approx(accuracy[2])
+    assert found["top1_tail"] == pytest.approx((accuracy[0] + accuracy[3]) / 2)
+    targets = np.eye(4, dtype=np.uint8)[labels]
+    found = metrics.multi_label_metrics(logits, targets, counts, groups=groups)
+    ap = reference.average_precision_score(targets, logits, average=None)
+    assert found["map_tail"] == pytest.approx((ap[0] + ap[3]) / 2)
+    assert found["num_tail_classes"] == 2
+
+
+def test_only_the_groups_names_state_groups() -> None:
+    table = pd.DataFrame({"name": ["a", "b"], "group": ["head", "tail"]})
+    assert stated_groups(table) == ["head", "tail"]
+    assert stated_groups(table.assign(group=["head", "fish"])) is None
+    assert stated_groups(table[["name"]]) is None
+    assert group_names(np.asarray([100, 99, 20, 19, 0])) == [
+        "head",
+        "medium",
+        "medium",
+        "tail",
+        "tail",
+    ]
 
 
 def test_classes_without_rows_do_not_enter_the_balanced_accuracy() -> None:

@@ -162,8 +162,8 @@ def build(root: Path, plan: CachePlan) -> None:
         "fingerprint": plan.identity.fingerprint(),
         "task": manifest.task,
         "num_rows": len(manifest),
-        "num_captions": len(manifest.caption_values),
-        "splits": _split_ranges(manifest.splits),
+        "num_captions": manifest.num_captions,
+        "splits": {name: list(rows) for name, rows in manifest.split_ranges.items()},
         "class_columns": columns,
         "class_hash": class_hash(manifest.classes["name"].tolist()),
         "shards": shards,
@@ -286,16 +286,6 @@ def fill_value(dtype: str) -> bool | int | float | str:
     if dtype.startswith("float"):
         return float("nan")
     return False if dtype == "bool" else 0
-
-
-def _split_ranges(splits: list[str]) -> dict[str, list[int]]:
-    ranges: dict[str, list[int]] = {}
-    for row, name in enumerate(splits):
-        if name not in ranges:
-            ranges[name] = [row, row]
-        assert ranges[name][1] == row, f"rows of split {name!r} are not contiguous"
-        ranges[name][1] = row + 1
-    return ranges
 
 
 def _versions() -> dict[str, str]:

@@ -189,7 +189,7 @@ def _samples(
         image_source(config, manifest, backbone), batch_size, config.reader_threads
     )
     stop = min(len(manifest), _SAMPLE_BATCHES * batch_size)
-    for batch in reader.batches(0, stop):
+    for batch in reader.batches(manifest.block(0, stop)):
         rows = range(batch.start, batch.stop)
         positions = [row - batch.start for row in rows if row not in batch.reasons]
         if positions:
@@ -207,7 +207,7 @@ def _features(config: ExtractConfig, manifest: Manifest) -> FeatureIdentity:
         pooled=features.pooled,
         tokens=features.tokens,
         token_layer=features.token_layer if features.tokens != "none" else -1,
-        text=features.text and bool(manifest.caption_values),
+        text=features.text and manifest.num_captions > 0,
         storage_dtype=storage,
         num_views=views.num_views,
         view_seed=views.seed if augmented else 0,
@@ -249,7 +249,7 @@ def _cache_plan(
         check_whole_batches(wanted, batch_size)
     features = identity.features
     num_rows = len(manifest)
-    num_captions = len(manifest.caption_values) if features.text else 0
+    num_captions = manifest.num_captions if features.text else 0
     device = backbone.device.type
     shard_rows = shard_rows_for(num_rows, batch_size, device, wanted)
     text_rows = shard_rows_for(max(1, num_captions), batch_size, device, wanted)

@@ -155,7 +155,7 @@ class Extraction:
 
     @property
     def _num_captions(self) -> int:
-        return len(self.manifest.caption_values) if self.identity.features.text else 0
+        return self.manifest.num_captions if self.identity.features.text else 0
 
     def _find_pending(self) -> list[Shard]:
         pending = self.store.pending()
@@ -199,15 +199,16 @@ class Extraction:
         invalid: list[dict[str, Any]] = []
         pinned = self.backbone.device.type == "cuda"
         num_readers = self.config.reader_threads
+        block = self.manifest.block(shard.start, shard.stop)
         reader = BatchReader(self._source(), self.batch_size, num_readers, pinned)
         with ShardWriter(self.store, shard) as writer:
-            for batch in reader.batches(shard.start, shard.stop):
+            for batch in reader.batches(block):
                 rows = batch.stop - batch.start
                 valid = np.ones(rows, bool)
                 for row, reason in sorted(batch.reasons.items()):
                     valid[row - batch.start] = False
-                    path = self.manifest.paths[row]
-                    item = {"row": row, "id": self.manifest.ids[row], "path": path}
+                    place = row - block.start
+                    item = {"row": row, "id": block.ids[place], "path": block.paths[place]}
                     invalid.append({**item, "reason": reason})
                 with self._lock:
                     began = time.perf_counter()
@@ -230,10 +231,9 @@ class Extraction:
 
     def _extract_text(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
         timings = Timings()
-        captions = self.manifest.caption_values
         with ShardWriter(self.store, shard) as writer:
             for start in range(shard.start, shard.stop, self.batch_size):
-                texts = captions[start : min(start + self.batch_size, shard.stop)]
+                texts = self.manifest.captions(start, min(start + self.batch_size, shard.stop))
                 padded = texts + [""] * (self.batch_size - len(texts))
                 with self._lock:
                     began = time.perf_counter()
@@ -265,7 +265,9 @@ class Extraction:
         if len(bad):
             row = start + int(bad[0])
             images = name.startswith("image/")
-            what = f"image {self.manifest.ids[row]}" if images else f"caption {row}"
+            what = (
+                f"image {self.manifest.block(row, row + 1).ids[0]}" if images else f"caption {row}"
+            )
             found = float(largest[bad[0]])
             limit = float(np.finfo(dtype).max)
             advice = (
@@ -314,8 +316,6 @@ def image_source(config: ExtractConfig, manifest: Manifest, backbone: Backbone) 
     mode = config.pixel_mode
     return ImageSource(
         root=manifest.root,
-        paths=manifest.paths,
-        ids=manifest.ids,
         spec=backbone.spec.pixels,
         mode=mode,
         views=Views(config.views.num_views, config.views.seed, config.views.scale),

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import xxhash
 
 from featcache.config import Config, canonical_json
@@ -121,12 +123,52 @@ def fingerprint(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
 
 
-def hash_strings(strings: list[str]) -> str:
+class ListHash:
+    """XXH3-128 over lists that come in pieces, in constant memory.
+
+    It covers the digest of all lengths (int64) and the digest of all content bytes, so moving a
+    boundary changes it, and cutting the same lists into other pieces does not.
+    """
+
+    def __init__(self) -> None:
+        self._lengths = xxhash.xxh3_128()
+        self._content = xxhash.xxh3_128()
+
+    def update(self, lengths: npt.NDArray[np.int64], content: Any) -> None:
+        """Takes the next lists.
+
+        Args:
+            lengths: (n,) length of each.
+            content: their content as bytes or anything with a contiguous buffer.
+        """
+        self._lengths.update(np.ascontiguousarray(lengths, "<i8").data)
+        self._content.update(content)
+
+    def update_strings(self, strings: list[str] | pa.Array | pa.ChunkedArray) -> None:
+        """Takes the next strings; their lengths count in bytes of UTF-8."""
+        if isinstance(strings, list):
+            strings = pa.array(strings, pa.large_string())
+        chunks = strings.chunks if isinstance(strings, pa.ChunkedArray) else [strings]
+        for chunk in chunks:
+            if not len(chunk):
+                continue
+            assert chunk.null_count == 0, "strings of a dataset are never null"
+            array = chunk.cast(pa.large_string())
+            _, starts, data = array.buffers()
+            offsets = np.frombuffer(starts, np.int64)[array.offset :][: len(array) + 1]
+            content = memoryview(data or b"")[offsets[0] : offsets[-1]]
+            self.update(np.diff(offsets), content)
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits over everything taken so far."""
+        parts = self._lengths.digest() + self._content.digest()
+        return xxhash.xxh3_128_hexdigest(parts)
+
+
+def hash_strings(strings: list[str] | pa.Array | pa.ChunkedArray) -> str:
     """XXH3-128 over a list of strings; lengths count, so moving a boundary changes it."""
-    digest = xxhash.xxh3_128()
-    encoded = [text.encode() for text in strings]
-    digest.update(np.fromiter((len(item) for item in encoded), np.int64, len(encoded)).tobytes())
-    digest.update(b"".join(encoded))
+    digest = ListHash()
+    digest.update_strings(strings)
     return digest.hexdigest()
 
 

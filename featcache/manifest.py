@@ -4,7 +4,7 @@ Rows are joined by `id`, never by position. They are kept in split order (train,
 other name), inside a split in the order the dataset gives, so that a split is one contiguous range.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,24 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featcache.errors import DatasetError
-from featcache.identity import DatasetIdentity, hash_strings
+from featcache.identity import DatasetIdentity, ListHash, hash_strings
+from featcache.row_block import ROW_SCHEMA, RowBlock
 
 Task = Literal["single_label", "multi_label", "unlabelled"]
 
+BLOCK_ROWS = 65_536
+"""Rows of a block where nothing else decides it."""
+
 SPLITS = ("train", "val", "test")
 """Splits in storage order; other names follow, sorted."""
-
-ROW_SCHEMA = pa.schema(
-    [
-        ("id", pa.large_string()),
-        ("path", pa.large_string()),
-        ("split", pa.large_string()),
-        ("labels", pa.large_list(pa.int32())),
-        ("captions", pa.large_list(pa.large_string())),
-    ]
-)
-"""One row an image. `path` is relative to the manifest's root; a row of a single-label set has one
-label or, when unlabelled, none."""
 
 
 @dataclass(frozen=True)
@@ -126,40 +118,74 @@ class Manifest:
         return len(self.classes)
 
     @cached_property
+    def _whole(self) -> RowBlock:
+        return RowBlock(0, self.rows)
+
+    def block(self, start: int, stop: int) -> RowBlock:
+        """The rows [start, stop); what extraction reads, a shard at a time."""
+        rows = self.rows.slice(start, stop - start)
+        return RowBlock(start, rows, int(self.caption_offsets[start]))
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[RowBlock]:
+        """All rows in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.block(start, min(start + size, len(self)))
+
+    @property
+    def num_captions(self) -> int:
+        """M, captions of all rows."""
+        return int(self.caption_offsets[-1])
+
+    def captions(self, start: int, stop: int) -> list[str]:
+        """Captions [start, stop), counted over all rows."""
+        return self.caption_values[start:stop]
+
+    @cached_property
+    def split_ranges(self) -> dict[str, tuple[int, int]]:
+        """Rows [start, stop) of each split, in storage order."""
+        names = self.rows.column("split").combine_chunks().dictionary_encode()
+        counts = np.bincount(names.indices.to_numpy(), minlength=len(names.dictionary))
+        ranges: dict[str, tuple[int, int]] = {}
+        start = 0
+        for name, count in zip(names.dictionary.to_pylist(), counts.tolist(), strict=True):
+            ranges[name] = (start, start + count)
+            start += count
+        return ranges
+
+    @cached_property
     def ids(self) -> list[str]:
         """The N row ids, in row order."""
-        return list(self.rows.column("id").to_pylist())
+        return self._whole.ids
 
     @cached_property
     def paths(self) -> list[str]:
         """The N paths relative to `root`, in row order."""
-        return list(self.rows.column("path").to_pylist())
+        return self._whole.paths
 
     @cached_property
     def splits(self) -> list[str]:
         """The N split names, in row order."""
-        return list(self.rows.column("split").to_pylist())
+        return self._whole.splits
 
     @cached_property
     def label_offsets(self) -> npt.NDArray[np.int64]:
         """(N+1,) start of each row's labels in `label_values`."""
-        return _offsets(self.rows.column("labels"))
+        return self._whole.label_offsets
 
     @cached_property
     def label_values(self) -> npt.NDArray[np.int32]:
         """All rows' class indices, one after the other."""
-        values = pc.list_flatten(self.rows.column("labels"))
-        return np.asarray(values.to_numpy(), dtype=np.int32)
+        return self._whole.label_values
 
     @cached_property
     def caption_offsets(self) -> npt.NDArray[np.int64]:
         """(N+1,) start of each row's captions in `caption_values`."""
-        return _offsets(self.rows.column("captions"))
+        return self._whole.caption_offsets
 
     @cached_property
     def caption_values(self) -> list[str]:
         """All M captions, one row's after the other."""
-        return list(pc.list_flatten(self.rows.column("captions")).to_pylist())
+        return self._whole.captions
 
     def limited(self, limit: int) -> "Manifest":
         """The first `limit` rows of each split."""
@@ -178,15 +204,45 @@ class Manifest:
     @cached_property
     def identity(self) -> DatasetIdentity:
         """Hashes over rows, labels, classes and captions."""
-        labels = np.concatenate([self.label_offsets, self.label_values.astype(np.int64)])
-        captions = [str(offset) for offset in self.caption_offsets.tolist()] + self.caption_values
+        hashes = RowHashes()
+        for block in self.blocks():
+            hashes.update(block)
+        return hashes.identity(self.kind, self.task, self.classes["name"].tolist())
+
+
+class RowHashes:
+    """The hashes of a `DatasetIdentity`, fed block by block in row order."""
+
+    def __init__(self) -> None:
+        self._num_rows = 0
+        self._columns = {name: ListHash() for name in ("id", "path", "split")}
+        self._labels, self._caption_counts, self._captions = ListHash(), ListHash(), ListHash()
+
+    def update(self, block: RowBlock) -> None:
+        """Takes the next rows."""
+        self._num_rows += len(block)
+        for name, digest in self._columns.items():
+            digest.update_strings(block.rows.column(name))
+        labels = block.label_values.astype("<i8")
+        self._labels.update(np.diff(block.label_offsets), labels.data)
+        self._caption_counts.update(np.diff(block.caption_offsets), b"")
+        self._captions.update_strings(pc.list_flatten(block.rows.column("captions")))
+
+    @property
+    def rows(self) -> str:
+        """Hash over ids, paths and splits."""
+        return hash_strings([digest.hexdigest() for digest in self._columns.values()])
+
+    def identity(self, kind: str, task: Task, class_names: Sequence[str]) -> DatasetIdentity:
+        """The identity of a dataset whose rows have all been taken."""
+        captions = [self._caption_counts.hexdigest(), self._captions.hexdigest()]
         return DatasetIdentity(
-            kind=self.kind,
-            task=self.task,
-            num_rows=len(self),
-            rows=hash_strings(self.ids + self.paths + self.splits),
-            labels=hash_strings([str(value) for value in labels.tolist()]),
-            classes=class_hash(self.classes["name"].tolist()),
+            kind=kind,
+            task=task,
+            num_rows=self._num_rows,
+            rows=self.rows,
+            labels=self._labels.hexdigest(),
+            classes=class_hash(class_names),
             captions=hash_strings(captions),
         )
 
@@ -194,11 +250,6 @@ class Manifest:
 def class_hash(names: Sequence[str]) -> str:
     """Hash over class names in index order: what a head compares before it reads a cache."""
     return hash_strings(list(names))
-
-
-def _offsets(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    lengths = pc.list_value_length(column).to_numpy()
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def _check_unique(column: pa.ChunkedArray, what: str) -> None:
@@ -238,3 +289,15 @@ def _train_counts(rows: pa.Table, num_classes: int) -> npt.NDArray[np.int64]:
     train = rows.filter(pc.equal(rows.column("split"), "train"))
     values = pc.list_flatten(train.column("labels")).to_numpy()
     return np.bincount(values, minlength=num_classes).astype(np.int64)
+
+
+__all__ = [
+    "BLOCK_ROWS",
+    "ROW_SCHEMA",
+    "SPLITS",
+    "Manifest",
+    "RowBlock",
+    "RowHashes",
+    "Task",
+    "class_hash",
+]

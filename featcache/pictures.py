@@ -1,5 +1,6 @@
 """A contact sheet: a dataset's classes as rows of pictures, with their names."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from featcache.image_bytes import read_bytes
 from featcache.manifest import Manifest
 
 _INK = (40, 40, 44)
@@ -39,7 +41,8 @@ def contact_sheet(
         seed: which images of a class are shown.
 
     Raises:
-        OSError: if an image cannot be read.
+        ValueError: if an image's bytes cannot be had.
+        OSError: if they are no image.
     """
     rows = _rows_by_class(manifest, split, classes, num_rows, num_columns, seed)
     margin = 2 * tile if manifest.num_classes else 0
@@ -51,7 +54,8 @@ def contact_sheet(
         if margin:
             _name(draw, manifest, number, top, tile)
         for column, member in enumerate(members):
-            with Image.open(manifest.root / manifest.paths[member]) as image:
+            data = read_bytes(manifest.root, manifest.paths[member])
+            with Image.open(io.BytesIO(data)) as image:
                 picture = ImageOps.fit(image.convert("RGB"), (tile, tile), Image.Resampling.LANCZOS)
             sheet.paste(picture, (margin + _GAP + column * (tile + _GAP), top))
     target = Path(path)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,9 @@ import xxhash
 from torch import Tensor
 
 from featcache.backbones.base import PixelSpec
+from featcache.image_bytes import read_bytes
 from featcache.images import PixelMode, Views, load_pixels
+from featcache.row_block import RowBlock
 from featcache.store import Shard, Store
 
 _ROWS_PER_TASK = 4
@@ -33,40 +35,32 @@ _ROWS_PER_TASK = 4
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where rows' pixels come from.
+    """How a row becomes pixels.
 
     Attributes:
-        root: folder that `paths` start from.
-        paths, ids: N strings.
+        root: folder that the rows' paths start from.
         spec, mode, views, transform: see `images.load_pixels`.
     """
 
-    root: Path
-    paths: Sequence[str]
-    ids: Sequence[str]
+    root: str | Path
     spec: PixelSpec
     mode: PixelMode
     views: Views
     transform: Callable[[Any], Tensor] | None
 
-    def load(self, row: int) -> tuple[Tensor, int]:
+    def load(self, path: str, row_id: str) -> tuple[Tensor, int]:
         """(V, 3, H, W) pixels and the XXH3-64 of the file's bytes.
 
         Raises:
             ValueError: the reason why the row cannot be read.
         """
-        try:
-            data = (self.root / self.paths[row]).read_bytes()
-        except FileNotFoundError:
-            raise ValueError("missing") from None
-        except OSError as error:
-            raise ValueError((error.strerror or str(error)).lower()) from None
+        data = read_bytes(self.root, path)
         pixels = load_pixels(
             data,
             self.spec,
             self.mode,
             views=self.views,
-            row_id=self.ids[row],
+            row_id=row_id,
             transform=self.transform,
         )
         return pixels, xxhash.xxh3_64_intdigest(data)
@@ -107,14 +101,15 @@ class BatchReader:
         self.pinned = pinned
         self.ahead = max(3, -(-2 * num_readers * _ROWS_PER_TASK // batch_size) + 1)
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of the rows [start, stop); `start` is a multiple of `batch_size`."""
-        assert start % self.batch_size == 0
+    def batches(self, block: RowBlock) -> Iterator[Batch]:
+        """The batches of a block, which starts at a multiple of `batch_size`."""
+        assert block.start % self.batch_size == 0
         executor = ThreadPoolExecutor(self.num_readers, thread_name_prefix="reader")
         pending: deque[tuple[Batch, list[Future[float]]]] = deque()
         try:
-            for first in range(start, stop, self.batch_size):
-                pending.append(self._submit(executor, first, min(first + self.batch_size, stop)))
+            for first in range(block.start, block.stop, self.batch_size):
+                last = min(first + self.batch_size, block.stop)
+                pending.append(self._submit(executor, block, first, last))
                 if len(pending) >= self.ahead:
                     yield _finished(*pending.popleft())
             while pending:
@@ -123,7 +118,7 @@ class BatchReader:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _submit(
-        self, executor: ThreadPoolExecutor, start: int, stop: int
+        self, executor: ThreadPoolExecutor, block: RowBlock, start: int, stop: int
     ) -> tuple[Batch, list[Future[float]]]:
         source = self.source
         dtype = torch.float32 if source.mode == "reference" else torch.uint8
@@ -132,15 +127,16 @@ class BatchReader:
         batch = Batch(start, stop, pixels, np.zeros(stop - start, np.uint64))
         rows = range(start, stop)
         return batch, [
-            executor.submit(self._read, batch, rows[at : at + _ROWS_PER_TASK])
+            executor.submit(self._read, batch, block, rows[at : at + _ROWS_PER_TASK])
             for at in range(0, len(rows), _ROWS_PER_TASK)
         ]
 
-    def _read(self, batch: Batch, rows: range) -> float:
+    def _read(self, batch: Batch, block: RowBlock, rows: range) -> float:
         began = time.perf_counter()
         for row in rows:
             try:
-                pixels, content = self.source.load(row)
+                place = row - block.start
+                pixels, content = self.source.load(block.paths[place], block.ids[place])
             except ValueError as reason:
                 batch.reasons[row] = str(reason)
                 continue

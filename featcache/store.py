@@ -358,8 +358,9 @@ def _needed_chunks(store: "Store", name: str, files: ArrayFiles) -> set[int]:
 def _table_problems(store: "Store") -> Iterator[str]:
     """Tables whose checksums hold but which belong to another dataset than the identity."""
     dataset = store.identity.dataset
-    rows = [str(text) for name in ("id", "path", "split") for text in store.read(f"rows/{name}")]
-    if hash_strings(rows) != dataset.rows:
+    names = ("id", "path", "split")
+    columns = [hash_strings([str(text) for text in store.read(f"rows/{name}")]) for name in names]
+    if hash_strings(columns) != dataset.rows:
         yield f"{store.path / 'rows'}: ids, paths or splits are not those of the identity"
     if class_hash([str(name) for name in store.read("classes/name")]) != dataset.classes:
         yield f"{store.path / 'classes/name'}: class names are not those of the identity"

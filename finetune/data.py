@@ -24,6 +24,7 @@ from torch import Tensor
 from featcache.backbones.base import PixelSpec
 from featcache.config import Config
 from featcache.errors import DatasetError, UnreadableImagesError
+from featcache.image_bytes import read_bytes
 from featcache.images import PixelMode, load_pixels
 from featcache.manifest import Manifest
 
@@ -52,7 +53,8 @@ class Pairs:
 
     Attributes:
         rows: (n,) int64 manifest rows.
-        files: n image files.
+        root: folder that `paths` start from.
+        paths: n images, as `featcache.image_bytes.read_bytes` takes them.
         labels: (n,) int64 class of a single-label set, -1 = none.
         caption_offsets: (n+1,) int64 start of each row's captions in `caption_ids`.
         caption_ids: (m,) int64 captions as indices into `texts`.
@@ -61,7 +63,8 @@ class Pairs:
     """
 
     rows: npt.NDArray[np.int64]
-    files: list[Path]
+    root: str | Path
+    paths: list[str]
     labels: npt.NDArray[np.int64]
     caption_offsets: npt.NDArray[np.int64]
     caption_ids: npt.NDArray[np.int64]
@@ -112,7 +115,8 @@ def pairs_of(manifest: Manifest, split: str) -> Pairs:
         labels[labeled] = manifest.label_values[manifest.label_offsets[rows[labeled]]]
     return Pairs(
         rows=rows,
-        files=[manifest.root / manifest.paths[row] for row in rows.tolist()],
+        root=manifest.root,
+        paths=[manifest.paths[row] for row in rows.tolist()],
         labels=labels,
         caption_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         caption_ids=np.asarray(ids, dtype=np.int64),
@@ -126,16 +130,22 @@ class ImageStore:
 
     Attributes:
         in_memory: whether all of them are held decoded.
-        problems: file to reason, of every file found unreadable so far.
+        problems: path to reason, of every image found unreadable so far.
     """
 
     def __init__(
-        self, files: Sequence[Path], spec: PixelSpec, mode: PixelMode, options: ImagesConfig
+        self,
+        root: str | Path,
+        paths: Sequence[str],
+        spec: PixelSpec,
+        mode: PixelMode,
+        options: ImagesConfig,
     ) -> None:
         """Decodes all files if their pixels fit the budget.
 
         Args:
-            files: image files.
+            root: folder that `paths` start from.
+            paths: images.
             spec: size, resize and crop of the pixels.
             mode: see `featcache.images`.
             options: memory budget, number of threads, share that may be unreadable.
@@ -143,20 +153,20 @@ class ImageStore:
         Raises:
             UnreadableImagesError: if more files than allowed cannot be read.
         """
-        self.problems: dict[Path, str] = {}
-        self._files = list(files)
+        self.problems: dict[str, str] = {}
+        self._root, self._paths = root, list(paths)
         self._spec, self._mode = spec, mode
-        self._allowed = math.floor(options.max_unreadable * len(self._files))
+        self._allowed = math.floor(options.max_unreadable * len(self._paths))
         self._pool = ThreadPoolExecutor(options.num_readers, thread_name_prefix="reader")
-        num_bytes = len(self._files) * 3 * math.prod(spec.size)
+        num_bytes = len(self._paths) * 3 * math.prod(spec.size)
         self.in_memory = num_bytes <= options.ram_budget_gib * 2**30
         self._pixels: Tensor | None = None
         if self.in_memory:
-            everything = np.arange(len(self._files), dtype=np.int64)
+            everything = np.arange(len(self._paths), dtype=np.int64)
             self._pixels, self._readable = self._decode(everything)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._paths)
 
     def take(self, which: npt.NDArray[np.int64]) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """Pixels of the readable ones of some files.
@@ -182,21 +192,22 @@ class ImageStore:
         readable = np.zeros(len(which), np.bool_)
 
         def decode(place: int) -> None:
-            file = self._files[which[place]]
+            path = self._paths[which[place]]
             try:
-                pixels[place] = load_pixels(file.read_bytes(), self._spec, self._mode)[0]
-            except (OSError, ValueError) as error:
-                self.problems[file] = " ".join(str(error).split())
+                data = read_bytes(self._root, path)
+                pixels[place] = load_pixels(data, self._spec, self._mode)[0]
+            except ValueError as error:
+                self.problems[path] = " ".join(str(error).split())
             else:
                 readable[place] = True
 
         for _ in self._pool.map(decode, range(len(which))):
             pass
         if len(self.problems) > self._allowed:
-            file, reason = next(iter(self.problems.items()))
+            path, reason = next(iter(self.problems.items()))
             raise UnreadableImagesError(
                 f"{len(self.problems)} images are unreadable, at most {self._allowed} of "
-                f"{len(self._files)} are allowed: first {file} ({reason}); repair them or raise "
+                f"{len(self._paths)} are allowed: first {path} ({reason}); repair them or raise "
                 "images.max_unreadable"
             )
         return pixels, readable

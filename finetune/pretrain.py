@@ -165,7 +165,9 @@ def _pretrain(
         )
     kept = (math.ceil(size[0] * MARGIN), math.ceil(size[1] * MARGIN))
     started = time.perf_counter()
-    store = ImageStore(pairs.files, PixelSpec(kept, CLIP_MEAN, CLIP_STD), "scaled", config.images)
+    store = ImageStore(
+        pairs.root, pairs.paths, PixelSpec(kept, CLIP_MEAN, CLIP_STD), "scaled", config.images
+    )
     spec = PixelSpec(size, CLIP_MEAN, CLIP_STD)
     if config.images.normalization == "dataset":
         mean, std = pixel_statistics(store, config.seed)
@@ -210,8 +212,8 @@ def _pretrain(
             history = _train(config, model, pairs, store, encode_batch, validation, log.write)
     finally:
         store.close()
-    for file, reason in list(store.problems.items())[:10]:
-        print(f"unreadable, left out: {file}: {reason}")
+    for path, reason in list(store.problems.items())[:10]:
+        print(f"unreadable, left out: {path}: {reason}")
     metrics = _summary(config, history, len(pairs), store)
     if validation is not None:
         metrics["validation"] = history[-1]["validation"]
@@ -328,7 +330,7 @@ def _summary(
         "loss": last["loss"],
         "loss_of_chance": math.log(config.batch_size),
         "logit_scale": last["logit_scale"],
-        "unreadable": {str(file): reason for file, reason in store.problems.items()},
+        "unreadable": dict(store.problems),
     }
 
 

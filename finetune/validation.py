@@ -60,7 +60,7 @@ class Validation:
         prompts = TokenTable.of(class_prompts(manifest.classes, template), tokenizer)
         pairs = pairs_of(manifest, split)
         texts = TokenTable.of(pairs.texts, tokenizer)
-        images = ImageStore(pairs.files, spec, "fast", options)
+        images = ImageStore(pairs.root, pairs.paths, spec, "fast", options)
         return cls(pairs, images, texts, prompts, spec, device, batch_size)
 
     def compact(self, vocabulary: UsedVocabulary) -> "Validation":

@@ -23,6 +23,7 @@ from featcache.images import Views
 from featcache.pipeline import BatchReader, ImageSource
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
+from featcache.row_block import RowBlock
 from heads.data import FeatureTable, feature_array
 from heads.progress import ProgressLine
 from heads.run_folder import LoadedRun, RunError, load_run, write_atomic
@@ -209,7 +210,7 @@ def predict_images(
         pixels.fill_color,
     )
     transform = backbone.reference_transform() if pixels.mode == "reference" else None
-    source = ImageSource(root, files, files, spec, pixels.mode, Views(), transform)
+    source = ImageSource(root, spec, pixels.mode, Views(), transform)
     name = str(run.record["feature"]).removeprefix("image/")
     request = feature_request(name, identity)
     dtype = getattr(torch, identity.features.storage_dtype)
@@ -218,7 +219,7 @@ def predict_images(
 
     def features() -> Iterator[Tensor]:
         reader = BatchReader(source, IMAGE_BATCH, num_readers)
-        for batch in reader.batches(0, len(files)):
+        for batch in reader.batches(RowBlock.of(files, files)):
             with torch.inference_mode():
                 encoded = backbone.encode_image(batch.pixels[:, 0], request)[name]
             kept = [row for row in range(batch.start, batch.stop) if row not in batch.reasons]

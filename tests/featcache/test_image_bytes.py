@@ -1,0 +1,62 @@
+"""An image's bytes out of a file and out of a tar, marks of its version, reasons when it fails."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from featcache.image_bytes import read_bytes, stamp, tar_member_path
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> dict[str, str]:
+    """Writes a tar; returns each member's path as rows name it."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        return {
+            item.name: tar_member_path(path.name, item.offset_data, item.size, item.name)
+            for item in tar.getmembers()
+        }
+
+
+def test_files_and_members_of_tars(tmp_path: Path) -> None:
+    members = {"a/b c.jpg": b"first", "x@1+2.tar/y.png": bytes(range(256)) * 9}
+    paths = tar_of(tmp_path / "some.tar", members)
+    for name, data in members.items():
+        assert read_bytes(tmp_path, paths[name]) == data
+    (tmp_path / "plain@2.jpg").write_bytes(b"plain")
+    assert read_bytes(str(tmp_path), "plain@2.jpg") == b"plain"
+
+
+def test_what_cannot_be_read_has_a_short_reason(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "some.tar", {"a.jpg": b"x" * 600})["a.jpg"]
+    (tmp_path / "folder").mkdir()
+    for name, reason in {
+        "no.jpg": "missing",
+        "no.tar@512+3/a.jpg": "missing",
+        "folder": "is a directory",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            read_bytes(tmp_path, name)
+    os.truncate(tmp_path / "some.tar", 700)
+    with pytest.raises(ValueError, match="^the tar ends before this member does$"):
+        read_bytes(tmp_path, path)
+
+
+def test_stamps_change_with_the_file_and_differ_inside_a_tar(tmp_path: Path) -> None:
+    paths = tar_of(tmp_path / "some.tar", {"a.jpg": b"one", "b.jpg": b"one"})
+    first, second = (stamp(tmp_path, path) for path in paths.values())
+    assert first != second
+    assert (first, second) == tuple(stamp(tmp_path, path) for path in paths.values())
+    os.utime(tmp_path / "some.tar", ns=(1, 1))
+    assert stamp(tmp_path, paths["a.jpg"]) not in (first, 0)
+    assert stamp(tmp_path, "no.jpg") == stamp(tmp_path, "no.tar@0+1/a") == 0
+    (tmp_path / "a.jpg").write_bytes(b"one")
+    before = stamp(tmp_path, "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"longer")
+    assert stamp(tmp_path, "a.jpg") not in (before, 0)

@@ -25,6 +25,14 @@ class CacheError(UserError, RuntimeError):
     """A cache is missing, unfinished, locked, or there is no room to write it."""
 
 
+class StorageError(CacheError):
+    """An object store cannot be reached, or answers something that makes no sense here."""
+
+
+class StorageDeniedError(StorageError):
+    """An object store does not let these credentials do what is needed."""
+
+
 class CacheMismatchError(UserError, ValueError):
     """A cache holds something else than what is asked for; the message names the first field."""
 

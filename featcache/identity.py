@@ -22,6 +22,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 StorageDtype = Literal["float16", "float32"]
 """Type of the feature arrays on disk."""
 
+TokenDtype = Literal["float16", "float32", "int8"]
+"""Type of the tokens on disk; int8 has a float32 scale for each token."""
+
 
 class DatasetIdentity(Config):
     """Which rows, labels, classes and captions a cache was made from."""
@@ -70,6 +73,10 @@ class PreprocessIdentity(Config):
     """shortest (then centre crop), squash or longest (then padding)."""
     fill_color: int
     """Padding grey level 0..255; only read by `longest`."""
+    crop_pct: float = 1.0
+    """The resize goes to `size / crop_pct`, rounded down, and the centre is cut out; (0, 1]."""
+    convert_first: bool = False
+    """Whether an image becomes RGB before the resize instead of after it."""
     mode: Literal["fast", "scaled", "reference"]
     """How files are decoded and resized; see `featcache.images`."""
 
@@ -82,19 +89,38 @@ class FeatureIdentity(Config):
     pooled: bool
     """(N, D) image features before the projection, not normalised."""
     tokens: str
-    """"none", "all" or "grid:K": patch tokens of `token_layer`, K×K average-pooled."""
+    """"none"; "all" or "grid:K": patch tokens of `token_layer`, K×K average-pooled; or
+    "before_last:n": the whole sequence that enters the last n blocks."""
     token_layer: int
     """Block whose output the tokens are, counted from 1; -1 = the last one."""
     text: bool
     """(M, P) caption features after the projection, not normalised."""
     storage_dtype: StorageDtype
-    """Type on disk."""
+    """Type on disk, tokens aside."""
     num_views: int
     """Views per image; 1 = no view axis. View 0 is the plain one."""
     view_seed: int
     """Seed of the augmented views' crops and flips; 0 when there is one view."""
     view_scale: float
     """Smallest share of the area that an augmented view's crop keeps; 1 when there is one view."""
+    token_dtype: TokenDtype | None = None
+    """Type of the tokens on disk; None when there are none."""
+
+    @property
+    def token_pool(self) -> int | None:
+        """K of "grid:K", else None."""
+        kind, _, side = self.tokens.partition(":")
+        return int(side) if kind == "grid" else None
+
+    @property
+    def before_last(self) -> int:
+        """The n of "before_last:n", else 0."""
+        kind, _, blocks = self.tokens.partition(":")
+        return int(blocks) if kind == "before_last" else 0
+
+    def dtype_of(self, name: str) -> TokenDtype:
+        """Type on disk of a feature (projected, pooled, tokens, …)."""
+        return self.token_dtype or self.storage_dtype if name == "tokens" else self.storage_dtype
 
 
 class Identity(Config):

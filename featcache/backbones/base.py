@@ -6,15 +6,22 @@ Opening one never reaches for random weights or the network unless the options s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featcache.config import Config
 from featcache.errors import BackboneError
-from featcache.identity import BackboneIdentity, Precision
+from featcache.identity import BackboneIdentity, Precision, PreprocessIdentity
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Torch's name of each arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class PixelSpec:
         interpolation: "bicubic" or "bilinear".
         resize_mode: "shortest" (then centre crop), "squash" or "longest" (then padding).
         fill_color: padding grey level 0..255.
+        crop_pct: the resize goes to `size / crop_pct`, rounded down, and the centre is cut out.
+        convert_first: whether an image becomes RGB before the resize instead of after it.
     """
 
     size: tuple[int, int]
@@ -35,6 +44,18 @@ class PixelSpec:
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
+    crop_pct: float = 1.0
+    convert_first: bool = False
+
+    @classmethod
+    def of(cls, record: PreprocessIdentity) -> Self:
+        """The pixels that a cache was made from."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: getattr(record, name) for name in names})
+
+    def record(self, mode: Literal["fast", "scaled", "reference"]) -> PreprocessIdentity:
+        """These pixels, as a cache's identity holds them."""
+        return PreprocessIdentity(**asdict(self), mode=mode)
 
 
 @dataclass(frozen=True)
@@ -44,13 +65,16 @@ class BackboneSpec:
     Attributes:
         identity: what goes into a cache's fingerprint.
         pixels: what the image tower expects.
-        projected_dim: P, width of image and text features after the projection.
+        projected_dim: P, width of image and text features after the projection; 0 if there is none.
         pooled_dim: D, width of the pooled image feature before the projection; 0 if there is none.
         token_grid: rows and columns of patch tokens, or None if the tower has none.
         token_dim: width of a patch token, or None.
         num_layers: number of blocks that tokens can be taken from; 0 if none.
-        logit_scale: multiplier of image-text cosines that the backbone was trained with.
+        logit_scale: multiplier of image-text cosines that the backbone was trained with; 1 if it
+            knows no text.
         has_text: whether `encode_text` works.
+        num_prefix_tokens: tokens before the patches in a block's sequence (class token, registers).
+        can_finish: whether the last blocks can be run on their own; see `Backbone.tail`.
     """
 
     identity: BackboneIdentity
@@ -62,6 +86,8 @@ class BackboneSpec:
     num_layers: int
     logit_scale: float
     has_text: bool
+    num_prefix_tokens: int = 0
+    can_finish: bool = False
 
     def require(self, request: "FeatureRequest", text: bool = False) -> None:
         """Checks that the backbone offers what is asked for.
@@ -72,6 +98,11 @@ class BackboneSpec:
         name = self.identity.name
         if text and not self.has_text:
             raise BackboneError(f"{name} has no text tower; set features.text false")
+        if request.projected and not self.projected_dim:
+            raise BackboneError(
+                f"{name} has no projection into a space shared with text; set features.projected "
+                "false and features.pooled true"
+            )
         if request.pooled and not self.pooled_dim:
             raise BackboneError(
                 f"{name} has no pooled feature before its projection; set features.pooled false"
@@ -80,6 +111,9 @@ class BackboneSpec:
             return
         if self.token_grid is None:
             raise BackboneError(f"{name} has no patch tokens; set features.tokens none")
+        if request.before_last:
+            self.require_tail(request.before_last)
+            return
         if request.token_layer != -1 and not 1 <= request.token_layer <= self.num_layers:
             raise BackboneError(
                 f"features.token_layer {request.token_layer} does not exist in {name}; expected "
@@ -92,6 +126,24 @@ class BackboneSpec:
                 f"patches of {name}"
             )
 
+    def require_tail(self, num_blocks: int) -> None:
+        """Checks that the last `num_blocks` blocks can be run on their own.
+
+        Raises:
+            BackboneError: if they cannot, or there are fewer.
+        """
+        name = self.identity.name
+        if not self.can_finish:
+            raise BackboneError(
+                f"{name} is no plain vision transformer, its last blocks cannot be run on their "
+                "own; features.tokens before_last needs one, take all or grid:K"
+            )
+        if not 1 <= num_blocks <= self.num_layers:
+            raise BackboneError(
+                f"features.tokens before_last:{num_blocks} does not exist in {name}; expected "
+                f"before_last:1 to before_last:{self.num_layers}"
+            )
+
 
 @dataclass(frozen=True)
 class FeatureRequest:
@@ -102,6 +154,8 @@ class FeatureRequest:
         tokens: whether patch tokens are wanted.
         token_pool: average-pool the token grid to this many rows and columns; None = all tokens.
         token_layer: block whose output is taken, from 1; -1 = the last.
+        before_last: if not 0, "tokens" are instead the whole sequence that enters the last
+            `before_last` blocks: prefix tokens first, then all patches.
     """
 
     projected: bool = True
@@ -109,6 +163,7 @@ class FeatureRequest:
     tokens: bool = False
     token_pool: int | None = None
     token_layer: int = -1
+    before_last: int = 0
 
 
 class Backbone(ABC):
@@ -137,6 +192,39 @@ class Backbone(ABC):
             float32 tensors on `device`: "projected" (B, P), "pooled" (B, D), "tokens" (B, L, W),
             those asked for.
         """
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """The last blocks, final norm, pooling and projection as a module of their own.
+
+        Its `forward` takes the (B, L, W) sequence that enters those blocks, in the backbone's own
+        arithmetic, and returns (B, P) projected features, or (B, D) pooled ones of a backbone
+        without a projection. Weights are the backbone's own and frozen: `copy.deepcopy` the module
+        to train it.
+
+        Args:
+            num_blocks: number of blocks from the end, 1..`spec.num_layers`.
+
+        Raises:
+            BackboneError: if the backbone cannot be cut there.
+        """
+        self.spec.require_tail(num_blocks)
+        raise NotImplementedError(f"{type(self).__name__} says can_finish and has no tail")
+
+    def finish_from(self, tokens: Tensor, num_blocks: int) -> Tensor:
+        """(B, P) float32 features on `device` from cached `before_last:num_blocks` tokens.
+
+        Args:
+            tokens: (B, L, W) of any float type, on any device.
+            num_blocks: number of blocks still to run.
+
+        Raises:
+            BackboneError: see `tail`.
+        """
+        tail = self.tail(num_blocks)
+        with torch.inference_mode():
+            x = tokens.to(self.device, DTYPES[self.precision])
+            features: Tensor = tail(x).to(torch.float32)
+        return features.clone()  # outside: an ordinary tensor
 
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -9,51 +9,32 @@ import io
 import json
 import logging
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import xxhash
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from featcache.backbones.base import (
+    DTYPES,
     Backbone,
     BackboneConfig,
     BackboneSpec,
     FeatureRequest,
     PixelSpec,
 )
-from featcache.backbones.towers import open_tower, pair
+from featcache.backbones.towers import open_tower, pair, pool_tokens
+from featcache.backbones.weights import (
+    LOAD_ERRORS,
+    cast,
+    random_seed,
+    short_reason,
+    weights_hash,
+)
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Precision, fingerprint
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-
-# What damaged, foreign or unreachable weights raise while open_clip loads them.
-_LOAD_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    AssertionError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    SafetensorError,
-)
 
 
 class OpenClipConfig(BackboneConfig):
@@ -93,7 +74,7 @@ class OpenClipConfig(BackboneConfig):
                     pretrained_text=False,
                 )
                 tokenizer = open_clip.get_tokenizer(name)
-            except _LOAD_ERRORS as error:
+            except LOAD_ERRORS as error:
                 raise BackboneError(self._load_failure(error)) from None
         model = model.eval().requires_grad_(False)
         identity = BackboneIdentity(
@@ -116,7 +97,7 @@ class OpenClipConfig(BackboneConfig):
         """The name open_clip knows, and the seed of random weights or None."""
         import open_clip
 
-        seed = _random_seed(self.pretrained)
+        seed = random_seed(self.pretrained)
         if self.model.startswith("local-dir:"):
             self._check_folder(Path(self.model.removeprefix("local-dir:")), seed)
             return self.model, seed
@@ -192,8 +173,7 @@ class OpenClipConfig(BackboneConfig):
         return name, None
 
     def _load_failure(self, error: BaseException) -> str:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if len(reason) <= 300 else reason[:300] + "…"
+        reason = short_reason(error)
         what = f"{self.model} {self.pretrained}".strip()
         if Path(self.pretrained).is_file() or self.model.startswith("local-dir:"):
             return f"weights of {what} do not load: {reason}"
@@ -238,8 +218,10 @@ class OpenClip(Backbone):
             num_layers=self._tower.num_layers,
             logit_scale=math.exp(float(model.logit_scale.reshape(-1)[0])),
             has_text=True,
+            num_prefix_tokens=self._tower.num_prefix_tokens,
+            can_finish=self._tower.can_finish,
         )
-        self.model = _cast(model.to(device), DTYPES[precision])
+        self.model = cast(model.to(device), DTYPES[precision])
         self._mean = torch.tensor(pixels.mean, device=device)[:, None, None]
         self._std = torch.tensor(pixels.std, device=device)[:, None, None]
 
@@ -258,9 +240,17 @@ class OpenClip(Backbone):
             x = x.to(DTYPES[self.precision]).contiguous()
             features = self._tower(x, request)
             if "tokens" in features:
-                features["tokens"] = self._pool_tokens(features["tokens"], request.token_pool)
+                assert self.spec.token_grid is not None
+                features["tokens"] = pool_tokens(
+                    features["tokens"], self.spec.token_grid, request.token_pool
+                )
             features = {name: value.to(torch.float32) for name, value in features.items()}
         return {name: value.clone() for name, value in features.items()}
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """Last blocks as a module; see `Backbone.tail`."""
+        self.spec.require_tail(num_blocks)
+        return self._tower.tail(num_blocks)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(n, P) float32 text features on `device`; see `Backbone.encode_text`."""
@@ -280,36 +270,6 @@ class OpenClip(Backbone):
         )
         return transform
 
-    def _pool_tokens(self, tokens: Tensor, side: int | None) -> Tensor:
-        if side is None:
-            return tokens
-        assert self.spec.token_grid is not None
-        rows, columns = self.spec.token_grid
-        grid = tokens.to(torch.float32).transpose(1, 2)
-        grid = grid.reshape(grid.shape[0], grid.shape[1], rows, columns)
-        return adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """XXH3-128 over the sorted state dict: names, types, shapes and bytes."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
-    return digest.hexdigest()
-
-
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """Weights in `dtype`; batch norm's statistics stay float32, which its kernels accept."""
-    if dtype == torch.float32:
-        return model
-    model = model.to(dtype)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.float()
-    return model
-
 
 def _pixel_spec(model: Any) -> PixelSpec:
     values = model.visual.preprocess_cfg
@@ -322,19 +282,6 @@ def _pixel_spec(model: Any) -> PixelSpec:
         resize_mode=values["resize_mode"],
         fill_color=int(values["fill_color"]),
     )
-
-
-def _random_seed(pretrained: str) -> int | None:
-    if pretrained == "random":
-        return 0
-    prefix, _, seed = pretrained.partition(":")
-    if prefix != "random":
-        return None
-    if not seed.isdecimal():
-        raise BackboneError(
-            f"backbone.pretrained {pretrained!r}: expected `random` or `random:SEED`"
-        )
-    return int(seed)
 
 
 def _add_architecture(file: Path) -> str:

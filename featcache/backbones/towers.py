@@ -1,12 +1,15 @@
 """Image towers of open_clip: which features each kind offers, all from one pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from featcache.backbones.base import FeatureRequest
+from featcache.backbones.tails import ClipTail, TimmTail, can_cut, kept_input
 
 
 class Tower:
@@ -14,20 +17,36 @@ class Tower:
 
     Attributes:
         pooled_dim: width of the feature before the projection; 0 if there is none.
-        token_grid, token_dim, num_layers: see `BackboneSpec`.
+        token_grid, token_dim, num_layers, num_prefix_tokens, can_finish: see `BackboneSpec`.
+        blocks: transformer blocks, if it can be cut between them.
     """
 
     pooled_dim = 0
     token_grid: tuple[int, int] | None = None
     token_dim: int | None = None
     num_layers = 0
+    num_prefix_tokens = 0
+    can_finish = False
+    blocks: Sequence[nn.Module] = ()
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
 
     def __call__(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
-        """Features by name of normalised pixels (B, 3, H, W); "projected" is always there."""
+        """Features by name of normalised pixels (B, 3, H, W), those asked for and maybe others."""
+        if not (request.tokens and request.before_last):
+            return self.run(x, request)
+        with kept_input(self.blocks[-request.before_last]) as kept:
+            features = self.run(x, replace(request, tokens=False))
+        return {**features, "tokens": kept[0]}
+
+    def run(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+        """The same, but tokens only as the output of a block."""
         return {"projected": _first(self.visual(x))}
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """See `Backbone.tail`; only towers with `can_finish` have one."""
+        raise NotImplementedError
 
 
 class _VisionTransformer(Tower):
@@ -36,9 +55,15 @@ class _VisionTransformer(Tower):
         self.pooled_dim = 0 if visual.proj is None else int(visual.proj.shape[0])
         self.token_grid = (int(visual.grid_size[0]), int(visual.grid_size[1]))
         self.token_dim = int(visual.conv1.out_channels)
-        self.num_layers = len(visual.transformer.resblocks)
+        self.blocks = list(visual.transformer.resblocks)
+        self.num_layers = len(self.blocks)
+        self.num_prefix_tokens = 1
+        self.can_finish = bool(visual.transformer.batch_first)
 
-    def __call__(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+    def tail(self, num_blocks: int) -> nn.Module:
+        return ClipTail(self.visual, num_blocks)
+
+    def run(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
         if not request.pooled:
             output, tokens = self._run(x, request)
             features = {"projected": output}
@@ -52,7 +77,7 @@ class _VisionTransformer(Tower):
         if not request.tokens:
             return _first(self.visual(x)), {}
         result = self.visual.forward_intermediates(
-            x, indices=[_layer_index(request, self.num_layers)], output_fmt="NLC"
+            x, indices=[layer_index(request, self.num_layers)], output_fmt="NLC"
         )
         return result["image_features"], {"tokens": result["image_intermediates"][0]}
 
@@ -68,33 +93,56 @@ class _ResNet(Tower):
         self.token_grid = (height // 32, width // 32)
         self.token_dim = int(visual.layer4[-1].conv3.out_channels)
 
-    def __call__(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+    def run(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
         if not request.tokens:
-            return super().__call__(x, request)
+            return super().run(x, request)
         result = self.visual.forward_intermediates(x, indices=[4])
         cells = result["image_intermediates"][0]
         return {"projected": result["image_features"], "tokens": cells.flatten(2).transpose(1, 2)}
 
 
-class _Timm(Tower):
-    """Pooled is what enters the adapter's projection, if it has one; tokens of ViT trunks only."""
+class TimmTrunk(Tower):
+    """What timm's models have in common: tokens of transformers by block, and the cut between them.
 
-    def __init__(self, visual: Any) -> None:
+    Attributes:
+        trunk: the timm model.
+    """
+
+    def __init__(self, visual: Any, trunk: Any) -> None:
+        """Reads the trunk's sizes.
+
+        Args:
+            visual: what is called.
+            trunk: the timm model in it.
+        """
         super().__init__(visual)
-        layers = dict(visual.head.named_children())
-        if "proj" in layers:
-            self.pooled_dim = int(layers["proj"].in_features) if "pool" not in layers else 0
-        elif "mlp" in layers:
-            self.pooled_dim = int(layers["mlp"].fc1.in_features) if "pool" not in layers else 0
-        trunk = visual.trunk
+        self.trunk = trunk
         grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
         blocks = getattr(trunk, "blocks", None)
         if grid is not None and blocks is not None and hasattr(trunk, "forward_intermediates"):
             self.token_grid = (int(grid[0]), int(grid[1]))
             self.token_dim = int(trunk.embed_dim)
-            self.num_layers = len(blocks)
+            self.blocks = list(blocks)
+            self.num_layers = len(self.blocks)
+            self.num_prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0))
+            self.can_finish = can_cut(trunk)
 
-    def __call__(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+
+class _Timm(TimmTrunk):
+    """Pooled is what enters the adapter's projection, if it has one; tokens of ViT trunks only."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__(visual, visual.trunk)
+        layers = dict(visual.head.named_children())
+        if "proj" in layers:
+            self.pooled_dim = int(layers["proj"].in_features) if "pool" not in layers else 0
+        elif "mlp" in layers:
+            self.pooled_dim = int(layers["mlp"].fc1.in_features) if "pool" not in layers else 0
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        return TimmTail(self.trunk, num_blocks, self.visual.head)
+
+    def run(self, x: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
 
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -103,7 +151,7 @@ class _Timm(Tower):
         hook = self.visual.head.register_forward_pre_hook(keep) if request.pooled else None
         try:
             if request.tokens:
-                layer = _layer_index(request, self.num_layers)
+                layer = layer_index(request, self.num_layers)
                 result = self.visual.forward_intermediates(x, indices=[layer], output_fmt="NLC")
                 features["projected"] = result["image_features"]
                 features["tokens"] = result["image_intermediates"][0]
@@ -127,7 +175,22 @@ def open_tower(visual: Any) -> Tower:
     return _Timm(visual) if isinstance(visual, TimmModel) else Tower(visual)
 
 
-def _layer_index(request: FeatureRequest, num_layers: int) -> int:
+def pool_tokens(tokens: Tensor, grid: tuple[int, int], side: int | None) -> Tensor:
+    """(B, K·K, W) float32 averages over a K x K grid of the patches.
+
+    Args:
+        tokens: (B, rows·columns, W).
+        grid: rows and columns.
+        side: K; None = the tokens as they are.
+    """
+    if side is None:
+        return tokens
+    cells = tokens.to(torch.float32).transpose(1, 2).unflatten(2, grid)
+    return nn.functional.adaptive_avg_pool2d(cells, side).flatten(2).transpose(1, 2)
+
+
+def layer_index(request: FeatureRequest, num_layers: int) -> int:
+    """Position of the block whose output is taken."""
     return num_layers - 1 if request.token_layer == -1 else request.token_layer - 1
 
 

@@ -69,6 +69,7 @@ def changed(record: dict[str, Any], name: str) -> dict[str, Any]:
     if rest:
         return {**record, head: changed(record[head], rest)}
     other = {"precision": "bf16", "mode": "reference", "storage_dtype": "float32"}
+    other["token_dtype"] = "int8"
     value = record[head]
     if head in other:
         return {**record, head: other[head]}

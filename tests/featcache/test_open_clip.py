@@ -9,7 +9,8 @@ from torch.nn.functional import cosine_similarity
 
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import FeatureRequest
-from featcache.backbones.open_clip import OpenClip, OpenClipConfig, weights_hash
+from featcache.backbones.open_clip import OpenClip, OpenClipConfig
+from featcache.backbones.weights import weights_hash
 from featcache.errors import BackboneError
 
 ALL = FeatureRequest(projected=True, pooled=True, tokens=True)

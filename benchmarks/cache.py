@@ -135,7 +135,8 @@ def _write_cache(path: Path, features: npt.NDArray[np.float16], chunk_rows: int)
         num_rows = shard.stop - shard.start
         store.write_chunks("image/projected", shard.start, features[shard.start : shard.stop])
         store.write_chunks("rows/valid", shard.start, np.ones(num_rows, np.bool_))
-        store.write_chunks("rows/content", shard.start, np.zeros(num_rows, np.uint64))
+        for name in ("rows/content", "rows/stamp"):
+            store.write_chunks(name, shard.start, np.zeros(num_rows, np.uint64))
         store.mark_done(shard, {"invalid": []})
     seconds = time.perf_counter() - start
     store.finish({})

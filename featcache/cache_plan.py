@@ -95,7 +95,7 @@ class CachePlan:
 
     @property
     def row_arrays(self) -> tuple[ArrayPlan, ...]:
-        """Arrays written shard by shard: the feature arrays, `rows/valid` and `rows/content`."""
+        """Arrays written shard by shard: the feature arrays, and what is known of each image."""
         images = [shard for shard in self.shards if shard.kind == "image"]
         num_rows = len(self.manifest)
         chunk_rows = images[0].stop - images[0].start if images else num_rows
@@ -103,6 +103,7 @@ class CachePlan:
         small = (
             ArrayPlan("rows/valid", (num_rows,), "bool", chunk_rows),
             ArrayPlan("rows/content", (num_rows,), "uint64", chunk_rows),
+            ArrayPlan("rows/stamp", (num_rows,), "uint64", chunk_rows),
         )
         return self.arrays + tuple(plan for plan in small if plan.path not in named)
 

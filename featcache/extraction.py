@@ -223,9 +223,8 @@ class Extraction:
                     for name, values in arrays.items()
                 }
                 # `valid` goes last, so that a killed retry never shows a row before its features.
-                writer.put(
-                    batch.start, {**stored, "rows/content": batch.content, "rows/valid": valid}
-                )
+                marks = {"rows/content": batch.content, "rows/stamp": batch.stamp}
+                writer.put(batch.start, {**stored, **marks, "rows/valid": valid})
         timings.write_seconds = writer.seconds
         return timings, invalid
 

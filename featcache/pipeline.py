@@ -25,6 +25,7 @@ from torch import Tensor
 
 from featcache.backbones.base import PixelSpec
 from featcache.image_bytes import read_bytes
+from featcache.image_bytes import stamp as image_stamp
 from featcache.images import PixelMode, Views, load_pixels
 from featcache.row_block import RowBlock
 from featcache.store import Shard, Store
@@ -73,6 +74,7 @@ class Batch:
     Attributes:
         pixels: (B, V, 3, H, W) uint8, or float32 in mode `reference`.
         content: (stop - start,) uint64 XXH3-64 of the files' bytes; 0 where unreadable.
+        stamp: (stop - start,) uint64 version marks of the files, taken before they were read.
         reasons: why a row cannot be read, by row.
         busy_seconds: reader threads' time spent on it, summed over the threads.
     """
@@ -81,6 +83,7 @@ class Batch:
     stop: int
     pixels: Tensor
     content: npt.NDArray[np.uint64]
+    stamp: npt.NDArray[np.uint64]
     reasons: dict[int, str] = field(default_factory=dict)
     busy_seconds: float = 0.0
 
@@ -124,7 +127,8 @@ class BatchReader:
         dtype = torch.float32 if source.mode == "reference" else torch.uint8
         shape = (self.batch_size, source.views.count, 3, *source.spec.size)
         pixels = torch.zeros(shape, dtype=dtype, pin_memory=self.pinned)
-        batch = Batch(start, stop, pixels, np.zeros(stop - start, np.uint64))
+        content, stamp = np.zeros((2, stop - start), np.uint64)
+        batch = Batch(start, stop, pixels, content, stamp)
         rows = range(start, stop)
         return batch, [
             executor.submit(self._read, batch, block, rows[at : at + _ROWS_PER_TASK])
@@ -134,9 +138,11 @@ class BatchReader:
     def _read(self, batch: Batch, block: RowBlock, rows: range) -> float:
         began = time.perf_counter()
         for row in rows:
+            path, row_id = block.paths[row - block.start], block.ids[row - block.start]
+            # Before the read: a file that changes meanwhile then has another mark next time.
+            batch.stamp[row - batch.start] = image_stamp(self.source.root, path)
             try:
-                place = row - block.start
-                pixels, content = self.source.load(block.paths[place], block.ids[place])
+                pixels, content = self.source.load(path, row_id)
             except ValueError as reason:
                 batch.reasons[row] = str(reason)
                 continue

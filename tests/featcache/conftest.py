@@ -102,6 +102,7 @@ def plan_cache(
         "image/projected": random.standard_normal(shape).astype(dtype),
         "rows/valid": np.arange(num_rows) % 7 != 5,
         "rows/content": random.integers(0, 2**63, num_rows).astype(np.uint64),
+        "rows/stamp": np.arange(1, num_rows + 1, dtype=np.uint64),
     }
     arrays["image/projected"][~arrays["rows/valid"]] = np.nan
     if captions:

@@ -48,7 +48,7 @@ def make(image_folder, tiny_clip, tmp_path):
 def array_bytes(path):
     """Bytes of all row arrays' chunk files by name: no times, no versions."""
     arrays = [*path.glob("image/*"), *path.glob("text/projected")]
-    arrays += [path / "rows/valid", path / "rows/content"]
+    arrays += [path / "rows/valid", path / "rows/content", path / "rows/stamp"]
     files = [file for array in arrays for file in (array / "c").rglob("*") if file.is_file()]
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(files)}
 
@@ -168,7 +168,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, base, monkeypatch):
     report = run(part)
     assert report.num_extracted == 2  # the last shard only
     assert array_bytes(part.cache) == array_bytes(whole.cache)
-    assert len(array_bytes(part.cache)) == 5 * 4
+    assert len(array_bytes(part.cache)) == 6 * 4
 
 
 def test_an_error_in_the_encoder_leaves_no_thread_behind(make, monkeypatch):

@@ -90,6 +90,7 @@ def write_cache(
     store.write_chunks(array, 0, stored)
     store.write_chunks("rows/valid", 0, valid)
     store.write_chunks("rows/content", 0, np.arange(num_rows, dtype=np.uint64))
+    store.write_chunks("rows/stamp", 0, np.zeros(num_rows, np.uint64))
     store.mark_done(Shard("image", 0, 0, num_rows), {})
     store.finish({})
     return path

@@ -44,7 +44,7 @@ def test_what_cannot_be_read_has_a_short_reason(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"^{reason}$"):
             read_bytes(tmp_path, name)
     os.truncate(tmp_path / "some.tar", 700)
-    with pytest.raises(ValueError, match="^the tar ends before this member does$"):
+    with pytest.raises(ValueError, match=r"^the tar ends before this member does$"):
         read_bytes(tmp_path, path)
 
 

@@ -1,57 +1,30 @@
 """What a cache is made of: its plan, and the groups, arrays and small tables it starts with."""
 
 import importlib.metadata
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from featcache.chunks import (
-    CHECKSUM_BYTES,
-    ArrayFiles,
-    make_folder,
-    sealed,
-    write_chunk,
-    write_file,
-)
+from featcache.chunks import make_folder
 from featcache.identity import Identity
 from featcache.manifest import Manifest, class_hash
+from featcache.tables import (
+    TABLE_CHUNK_ROWS,
+    ArrayPlan,
+    TableWriter,
+    array_document,
+    group_document,
+    write_array,
+    write_document,
+)
 
 FORMAT = 1
-TABLE_CHUNK_ROWS = 65_536
-"""Rows of a chunk of the small per-row arrays."""
 _REPORTED = ("torch", "open_clip_torch", "numpy", "zarr", "featcache")
 
 ShardKind = Literal["image", "text"]
-
-
-@dataclass(frozen=True)
-class ArrayPlan:
-    """An array to be created.
-
-    Attributes:
-        path: name in the group, e.g. `image/projected`.
-        shape: (rows, ...).
-        dtype: numpy name, e.g. `float16`.
-        chunk_rows: rows of a chunk file.
-        checksummed: whether chunks carry a crc32c.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    chunk_rows: int
-    checksummed: bool = True
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk, the filled-up last chunk and the checksums included."""
-        chunks = -(-self.shape[0] // self.chunk_rows)
-        row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
-        return chunks * (self.chunk_rows * row_bytes + CHECKSUM_BYTES * self.checksummed)
 
 
 @dataclass(frozen=True)
@@ -110,7 +83,7 @@ class CachePlan:
     @property
     def num_bytes(self) -> int:
         """Bytes on disk, tables of strings included (their length is that of the manifest's)."""
-        return sum(plan.num_bytes for plan in self.row_arrays) + int(self.manifest.rows.nbytes)
+        return sum(plan.num_bytes for plan in self.row_arrays) + self.manifest.num_bytes
 
     def describe(self) -> str:
         """Rows, shards, bytes per array and their sum, one line each."""
@@ -151,8 +124,7 @@ def build(root: Path, plan: CachePlan) -> None:
     names: dict[str, list[str]] = {"image": [], "text": [], "table": []}
     for array in plan.row_arrays:
         names["text" if array.path.startswith("text/") else "image"].append(array.path)
-    tables = _tables(manifest)
-    names["table"] = list(tables)
+    names["table"] = _write_tables(root, manifest)
     columns = [name for name in manifest.classes.columns if name not in ("name", "count")]
     attributes = {
         "root": str(manifest.root),
@@ -171,122 +143,50 @@ def build(root: Path, plan: CachePlan) -> None:
         "arrays": names,
         "complete": False,
     }
-    _write_document(root, "", _group({"featcache": attributes}))
+    write_document(root, "", group_document({"featcache": attributes}))
     for group in ("image", "text", "rows", "classes", "class_text", "shards"):
-        _write_document(root, group, _group({}))
+        write_document(root, group, group_document({}))
     for array in plan.row_arrays:
-        _write_document(root, array.path, _array(array, {}))
+        write_document(root, array.path, array_document(array, {}))
         make_folder(root / array.path / "c")
     for kind, ranges in shards.items():
         done = ArrayPlan(f"shards/{kind}", (len(ranges),), "string", 1)
-        _write_document(root, done.path, _array(done, {}))
-    for name, data in tables.items():
-        write_array(root, name, data, TABLE_CHUNK_ROWS, None)
+        write_document(root, done.path, array_document(done, {}))
 
 
-def _tables(manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
-    """The small arrays that are known before anything is extracted."""
-    strings = {
-        "rows/id": manifest.ids,
-        "rows/path": manifest.paths,
-        "rows/split": manifest.splits,
-        "rows/caption_values": manifest.caption_values,
-    }
+def _write_tables(root: Path, manifest: Manifest) -> list[str]:
+    """Writes the small arrays that are known before anything is extracted; returns their names."""
     for column in manifest.classes.columns:
         if column != "count":
-            strings[f"classes/{column}"] = manifest.classes[column].astype(str).tolist()
-    tables: dict[str, npt.NDArray[Any]] = {
-        "rows/label_values": manifest.label_values,
-        "rows/label_offsets": manifest.label_offsets,
-        "text/offsets": manifest.caption_offsets,
-        "classes/count": manifest.classes["count"].to_numpy(dtype=np.int64),
+            names = np.array(manifest.classes[column].astype(str).tolist(), dtype=object)
+            write_array(root, f"classes/{column}", names, TABLE_CHUNK_ROWS, None)
+    counts = manifest.classes["count"].to_numpy(dtype=np.int64)
+    write_array(root, "classes/count", counts, TABLE_CHUNK_ROWS, None)
+    dtypes = {
+        "rows/id": "string",
+        "rows/path": "string",
+        "rows/split": "string",
+        "rows/label_offsets": "int64",
+        "rows/label_values": "int32",
+        "rows/caption_values": "string",
+        "text/offsets": "int64",
     }
-    tables.update((name, np.array(values, dtype=object)) for name, values in strings.items())
-    return tables
-
-
-def write_array(
-    root: Path,
-    name: str,
-    data: npt.NDArray[Any],
-    chunk_rows: int,
-    attributes: Mapping[str, Any] | None,
-) -> None:
-    """Writes a whole array with its metadata.
-
-    Args:
-        root: folder of the group.
-        name: array.
-        data: numbers, or an object array of `str`.
-        chunk_rows: rows of a chunk file.
-        attributes: plain JSON values kept with it.
-    """
-    dtype = "string" if data.dtype == object else str(data.dtype)
-    plan = ArrayPlan(name, data.shape, dtype, max(1, min(chunk_rows, len(data))))
-    _write_document(root, name, _array(plan, attributes or {}))
-    files = ArrayFiles.open(root, name)
-    if data.size == 0:
-        return
-    if files.dtype is not None:
-        files.write(0, data, fill_value(dtype))
-        return
-    for chunk in range(files.num_chunks):
-        strings = data[chunk * plan.chunk_rows : (chunk + 1) * plan.chunk_rows].tolist()
-        strings += [""] * (plan.chunk_rows - len(strings))
-        write_chunk(files.file(chunk), _encode_strings(strings), checksummed=True)
-
-
-def _encode_strings(strings: list[str]) -> bytes:
-    """Zarr's vlen-utf8: number of strings, then length in bytes and bytes of each."""
-    encoded = [text.encode() for text in strings]
-    parts = [len(encoded).to_bytes(4, "little")]
-    for text in encoded:
-        parts += (len(text).to_bytes(4, "little"), text)
-    return b"".join(parts)
-
-
-def _write_document(root: Path, name: str, document: Mapping[str, Any]) -> None:
-    make_folder(root / name)
-    write_file(root / name / "zarr.json", sealed(name, document))
-
-
-def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-
-
-def _array(plan: ArrayPlan, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """`zarr.json` of an array of whole-row chunks without compression."""
-    fill = fill_value(plan.dtype)
-    if plan.dtype == "string":
-        encoding: dict[str, Any] = {"name": "vlen-utf8", "configuration": {}}
-    elif np.dtype(plan.dtype).itemsize == 1:
-        encoding = {"name": "bytes"}
-    else:
-        encoding = {"name": "bytes", "configuration": {"endian": "little"}}
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(plan.shape),
-        "data_type": plan.dtype,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [plan.chunk_rows, *plan.shape[1:]]},
-        },
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN" if isinstance(fill, float) else fill,
-        "codecs": [encoding, {"name": "crc32c"}] if plan.checksummed else [encoding],
-        "attributes": dict(attributes),
-        "storage_transformers": [],
-    }
-
-
-def fill_value(dtype: str) -> bool | int | float | str:
-    """What an unwritten element reads as: NaN for floats, so that nobody takes it for a feature."""
-    if dtype == "string":
-        return ""
-    if dtype.startswith("float"):
-        return float("nan")
-    return False if dtype == "bool" else 0
+    with ExitStack() as stack:
+        tables = {
+            name: stack.enter_context(TableWriter(root, name, dtype))
+            for name, dtype in dtypes.items()
+        }
+        for name in ("rows/label_offsets", "text/offsets"):
+            tables[name].add(np.zeros(1, np.int64))
+        for block in manifest.blocks(TABLE_CHUNK_ROWS):
+            for column in ("id", "path", "split"):
+                tables[f"rows/{column}"].add(block.rows.column(column))
+            labels = tables["rows/label_values"]
+            tables["rows/label_offsets"].add(block.label_offsets[1:] + labels.num_rows)
+            labels.add(block.label_values)
+            tables["text/offsets"].add(block.caption_offsets[1:] + block.caption_start)
+            tables["rows/caption_values"].add(block.captions)
+    return [*dtypes, *(f"classes/{column}" for column in manifest.classes.columns)]
 
 
 def _versions() -> dict[str, str]:

@@ -132,6 +132,11 @@ class Manifest:
             yield self.block(start, min(start + size, len(self)))
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows' strings and labels, about what the cache's tables take."""
+        return int(self.rows.nbytes)
+
+    @property
     def num_captions(self) -> int:
         """M, captions of all rows."""
         return int(self.caption_offsets[-1])
@@ -210,6 +215,11 @@ class Manifest:
         return hashes.identity(self.kind, self.task, self.classes["name"].tolist())
 
 
+def rows_hash(ids: ListHash, paths: ListHash, splits: ListHash) -> str:
+    """Hash over ids, paths and splits."""
+    return hash_strings([digest.hexdigest() for digest in (ids, paths, splits)])
+
+
 class RowHashes:
     """The hashes of a `DatasetIdentity`, fed block by block in row order."""
 
@@ -228,11 +238,6 @@ class RowHashes:
         self._caption_counts.update(np.diff(block.caption_offsets), b"")
         self._captions.update_strings(pc.list_flatten(block.rows.column("captions")))
 
-    @property
-    def rows(self) -> str:
-        """Hash over ids, paths and splits."""
-        return hash_strings([digest.hexdigest() for digest in self._columns.values()])
-
     def identity(self, kind: str, task: Task, class_names: Sequence[str]) -> DatasetIdentity:
         """The identity of a dataset whose rows have all been taken."""
         captions = [self._caption_counts.hexdigest(), self._captions.hexdigest()]
@@ -240,7 +245,7 @@ class RowHashes:
             kind=kind,
             task=task,
             num_rows=self._num_rows,
-            rows=self.rows,
+            rows=rows_hash(*self._columns.values()),
             labels=self._labels.hexdigest(),
             classes=class_hash(class_names),
             captions=hash_strings(captions),
@@ -300,4 +305,5 @@ __all__ = [
     "RowHashes",
     "Task",
     "class_hash",
+    "rows_hash",
 ]

@@ -20,15 +20,12 @@ from pydantic import ValidationError
 
 from featcache.cache_plan import (
     FORMAT,
-    ArrayPlan,
     CachePlan,
     Shard,
     ShardKind,
     build,
     check_plan,
-    fill_value,
     human_bytes,
-    write_array,
 )
 from featcache.chunks import (
     CHECKSUM_BYTES,
@@ -43,9 +40,10 @@ from featcache.chunks import (
     write_file,
 )
 from featcache.errors import CacheCorruptError, CacheError
-from featcache.identity import Identity, hash_strings
+from featcache.identity import Identity, ListHash
 from featcache.lock import writer_lock
-from featcache.manifest import class_hash
+from featcache.manifest import class_hash, rows_hash
+from featcache.tables import ArrayPlan, fill_value, read_strings, write_array
 
 _SPARE_BYTES = 64 << 20
 """Room that has to stay free beyond what the plan needs."""
@@ -358,9 +356,12 @@ def _needed_chunks(store: "Store", name: str, files: ArrayFiles) -> set[int]:
 def _table_problems(store: "Store") -> Iterator[str]:
     """Tables whose checksums hold but which belong to another dataset than the identity."""
     dataset = store.identity.dataset
-    names = ("id", "path", "split")
-    columns = [hash_strings([str(text) for text in store.read(f"rows/{name}")]) for name in names]
-    if hash_strings(columns) != dataset.rows:
+    columns = []
+    for name in ("id", "path", "split"):
+        columns.append(ListHash())
+        for strings in read_strings(store.files(f"rows/{name}")):
+            columns[-1].update_strings(strings)
+    if rows_hash(*columns) != dataset.rows:
         yield f"{store.path / 'rows'}: ids, paths or splits are not those of the identity"
     if class_hash([str(name) for name in store.read("classes/name")]) != dataset.classes:
         yield f"{store.path / 'classes/name'}: class names are not those of the identity"

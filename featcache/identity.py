@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
+from pydantic import Field
 
 from featcache.config import Config, canonical_json
 from featcache.errors import CacheMismatchError
@@ -24,6 +25,9 @@ StorageDtype = Literal["float16", "float32"]
 
 TokenDtype = Literal["float16", "float32", "int8"]
 """Type of the tokens on disk; int8 has a float32 scale for each token."""
+
+Multimodal = Literal["none", "pooled", "states"]
+"""What is kept of a joint encoder of image and caption: nothing, its first token, or all."""
 
 
 class DatasetIdentity(Config):
@@ -56,6 +60,8 @@ class BackboneIdentity(Config):
     """Hash over names, types, shapes and bytes of all tensors of the state dict."""
     architecture: str
     """Hash over the architecture's configuration (activation, depth, widths, …)."""
+    options: dict[str, bool | int | str] = Field(default_factory=dict)
+    """Options of the backbone kind that change its numbers."""
 
 
 class PreprocessIdentity(Config):
@@ -77,6 +83,8 @@ class PreprocessIdentity(Config):
     """The resize goes to `size / crop_pct`, rounded down, and the centre is cut out; (0, 1]."""
     convert_first: bool = False
     """Whether an image becomes RGB before the resize instead of after it."""
+    on_white: bool = False
+    """Whether transparent parts then become white instead of what lies below them."""
     mode: Literal["fast", "scaled", "reference"]
     """How files are decoded and resized; see `featcache.images`."""
 
@@ -105,6 +113,12 @@ class FeatureIdentity(Config):
     """Smallest share of the area that an augmented view's crop keeps; 1 when there is one view."""
     token_dtype: TokenDtype | None = None
     """Type of the tokens on disk; None when there are none."""
+    multimodal: Multimodal = "none"
+    """What is kept of the joint encoder over each image and its first caption."""
+    itm: bool = False
+    """(N, 2) matching logits of each image and its first caption."""
+    text_policy: str = "raw"
+    """How captions become the text tower's input; "raw" where no caption is used."""
 
     @property
     def token_pool(self) -> int | None:

@@ -281,21 +281,31 @@ def _pil_guarded(work: Callable[[], T]) -> T:
 def _pil_views(data: bytes, spec: PixelSpec, views: Views, row_id: str) -> Tensor:
     """The same views through Pillow's decoder; modes other than RGB through its resize as well.
 
-    The source library resizes first and converts to RGB afterwards, which matters for palettes
-    (nearest neighbour), alpha (premultiplied), 16 bit and CMYK.
+    Most source libraries resize first and convert to RGB afterwards, which matters for palettes
+    (nearest neighbour), alpha (premultiplied), 16 bit and CMYK; `spec.convert_first` says which do
+    not.
     """
     image = _pil_image(data)
 
     def work() -> Tensor:
         plans = _plans(image.height, image.width, spec, views, row_id)
-        if image.mode == "RGB":
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        if image.mode == "RGB" or spec.convert_first:
+            pixels = torch.from_numpy(np.array(_rgb(image, spec))).permute(2, 0, 1)[None]
             views_of = [_resize_and_crop(pixels, plan, spec) for plan in plans]
         else:
             views_of = [_pil_view(image, plan, spec) for plan in plans]
         return torch.from_numpy(np.stack(views_of))
 
     return _pil_guarded(work)
+
+
+def _rgb(image: Image.Image, spec: PixelSpec) -> Image.Image:
+    """The image in RGB; `spec.on_white` takes an RGB file's transparent colour into account too."""
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if spec.on_white and transparent:
+        pixels = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255,) * 4), pixels)
+    return image.convert("RGB")
 
 
 def _pil_resized(image: Image.Image, plan: _Plan, spec: PixelSpec) -> Image.Image:

@@ -7,14 +7,14 @@ Opening one never reaches for random weights or the network unless the options s
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from featcache.config import Config
 from featcache.errors import BackboneError
-from featcache.identity import BackboneIdentity, Precision, PreprocessIdentity
+from featcache.identity import BackboneIdentity, Multimodal, Precision, PreprocessIdentity
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -36,6 +36,7 @@ class PixelSpec:
         fill_color: padding grey level 0..255.
         crop_pct: the resize goes to `size / crop_pct`, rounded down, and the centre is cut out.
         convert_first: whether an image becomes RGB before the resize instead of after it.
+        on_white: whether transparent parts then become white instead of what lies below them.
     """
 
     size: tuple[int, int]
@@ -46,6 +47,7 @@ class PixelSpec:
     fill_color: int = 0
     crop_pct: float = 1.0
     convert_first: bool = False
+    on_white: bool = False
 
     @classmethod
     def of(cls, record: PreprocessIdentity) -> Self:
@@ -75,6 +77,7 @@ class BackboneSpec:
         has_text: whether `encode_text` works.
         num_prefix_tokens: tokens before the patches in a block's sequence (class token, registers).
         can_finish: whether the last blocks can be run on their own; see `Backbone.tail`.
+        joint: tokens and width of the states of an encoder over image and text together, or None.
     """
 
     identity: BackboneIdentity
@@ -88,6 +91,7 @@ class BackboneSpec:
     has_text: bool
     num_prefix_tokens: int = 0
     can_finish: bool = False
+    joint: tuple[int, int] | None = None
 
     def require(self, request: "FeatureRequest", text: bool = False) -> None:
         """Checks that the backbone offers what is asked for.
@@ -106,6 +110,11 @@ class BackboneSpec:
         if request.pooled and not self.pooled_dim:
             raise BackboneError(
                 f"{name} has no pooled feature before its projection; set features.pooled false"
+            )
+        if request.joint and self.joint is None:
+            raise BackboneError(
+                f"{name} has no joint encoder of image and text; set features.multimodal none and "
+                "features.itm false, or take backbone.kind blip"
             )
         if not request.tokens:
             return
@@ -156,6 +165,9 @@ class FeatureRequest:
         token_layer: block whose output is taken, from 1; -1 = the last.
         before_last: if not 0, "tokens" are instead the whole sequence that enters the last
             `before_last` blocks: prefix tokens first, then all patches.
+        multimodal: what is wanted of the joint encoder of image and text: "none", "pooled" (its
+            first token) or "states" (all tokens, their mask, and the first one by itself).
+        itm: whether its matching logits are wanted.
     """
 
     projected: bool = True
@@ -164,6 +176,13 @@ class FeatureRequest:
     token_pool: int | None = None
     token_layer: int = -1
     before_last: int = 0
+    multimodal: Multimodal = "none"
+    itm: bool = False
+
+    @property
+    def joint(self) -> bool:
+        """Whether the joint encoder has to run."""
+        return self.multimodal != "none" or self.itm
 
 
 class Backbone(ABC):
@@ -180,17 +199,21 @@ class Backbone(ABC):
     precision: Precision
 
     @abstractmethod
-    def encode_image(self, pixels: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+    def encode_image(
+        self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Image features of a batch, not normalised.
 
         Args:
             pixels: (B, 3, H, W), either uint8 in 0..255 (normalised here), or float32 already
                 normalised by `spec.pixels` (what `reference_transform` returns); any device.
             request: which features.
+            texts: B texts, one an image; needed by the joint encoder only.
 
         Returns:
             float32 tensors on `device`: "projected" (B, P), "pooled" (B, D), "tokens" (B, L, W),
-            those asked for.
+            "multimodal" (B, T, W), "multimodal_mask" (B, T) bool, "multimodal_pooled" (B, W) and
+            "itm" (B, 2; no match, match), those asked for.
         """
 
     def tail(self, num_blocks: int) -> nn.Module:
@@ -241,6 +264,9 @@ class Backbone(ABC):
 
 class BackboneConfig(Config):
     """Options that every backbone shares."""
+
+    default_text_policy: ClassVar[str] = "raw"
+    """How captions enter the text tower unless `features.text_policy` says otherwise."""
 
     kind: str
     """Backbone kind."""

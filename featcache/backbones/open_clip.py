@@ -225,7 +225,9 @@ class OpenClip(Backbone):
         self._mean = torch.tensor(pixels.mean, device=device)[:, None, None]
         self._std = torch.tensor(pixels.std, device=device)[:, None, None]
 
-    def encode_image(self, pixels: Tensor, request: FeatureRequest) -> dict[str, Tensor]:
+    def encode_image(
+        self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Image features of a batch from one pass; see `Backbone.encode_image`.
 
         Raises:

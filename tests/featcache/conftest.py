@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+import torch
 
 from featcache.identity import BackboneIdentity, FeatureIdentity, Identity, PreprocessIdentity
 from featcache.manifest import Manifest
@@ -145,3 +146,81 @@ def planned(tmp_path: Path) -> Callable[..., Written]:
 def written(tmp_path: Path) -> Callable[..., Written]:
     """Writes a whole cache at `tmp_path/cache`."""
     return lambda **options: write_cache(tmp_path / "cache", **options)
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e f g h i o t . , picture of cat dog the photo mat"
+
+
+@pytest.fixture(scope="session")
+def tiny_blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer BLIP retrieval model of 32-pixel images, fixed random weights."""
+    from transformers import BlipConfig, BlipForImageTextRetrieval
+
+    folder = tmp_path_factory.mktemp("backbones") / "tiny_blip"
+    processor, tokenizer = blip_parts(folder)
+    sizes = blip_sizes(len(tokenizer), tokenizer.sep_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(21)
+        model = BlipForImageTextRetrieval(BlipConfig(image_text_hidden_size=24, **sizes))
+        for name, parameter in model.named_parameters():
+            # The library starts with weights so small that a tower hardly sees its input.
+            scale = 0.1 if "norm" in name.lower() or parameter.ndim == 1 else 0.2
+            parameter.data += scale * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def blip_parts(folder: Path) -> tuple[Any, Any]:
+    """Image processor and tokenizer of a tiny BLIP, over a made-up vocabulary."""
+    from transformers import BertTokenizer, BlipImageProcessor
+
+    folder.mkdir()
+    words = WORDS.split() + [f"##{letter}" for letter in "abcdefghiot"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    return BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer
+
+
+def blip_sizes(num_words: int, end: int) -> dict[str, dict[str, Any]]:
+    """Configurations of tiny towers; [DEC] and [ENC] follow the vocabulary, as in BLIP."""
+    text = {
+        "vocab_size": num_words + 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "bos_token_id": num_words,
+        "pad_token_id": 0,
+        "sep_token_id": end,
+        "eos_token_id": end,
+    }
+    vision = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return {"text_config": text, "vision_config": vision}
+
+
+@pytest.fixture(scope="session")
+def tiny_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer BLIP captioner of 32-pixel images, fixed random weights."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("backbones") / "tiny_captioner"
+    processor, tokenizer = blip_parts(folder)
+    sizes = blip_sizes(len(tokenizer), tokenizer.sep_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(22)
+        model = BlipForConditionalGeneration(BlipConfig(**sizes))
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

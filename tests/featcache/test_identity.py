@@ -68,8 +68,13 @@ def changed(record: dict[str, Any], name: str) -> dict[str, Any]:
     head, _, rest = name.partition(".")
     if rest:
         return {**record, head: changed(record[head], rest)}
-    other = {"precision": "bf16", "mode": "reference", "storage_dtype": "float32"}
-    other["token_dtype"] = "int8"
+    other = {
+        "precision": "bf16",
+        "mode": "reference",
+        "storage_dtype": "float32",
+        "token_dtype": "int8",
+        "multimodal": "states",
+    }
     value = record[head]
     if head in other:
         return {**record, head: other[head]}

@@ -5,6 +5,8 @@ type and a default, and implement `manifest`.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,21 @@ class DatasetConfig(Config):
     @abstractmethod
     def manifest(self) -> Manifest:
         """The whole dataset as a checked manifest."""
+
+
+def require_some_image(root: Path, paths: Sequence[str]) -> None:
+    """Checks a few paths, so that a wrong root is noticed at once.
+
+    Single missing images are extraction's to report; looking for millions would take minutes.
+
+    Raises:
+        DatasetError: if none of the first images is there.
+    """
+    if not any((root / path).exists() for path in paths[:20]):
+        raise DatasetError(
+            f"{root}: none of the first {min(20, len(paths))} images exists, e.g. {paths[0]}; "
+            "set dataset.root to the folder that these paths start from"
+        )
 
 
 def few_shot(manifest: Manifest, shots: int, seed: int) -> Manifest:

@@ -223,6 +223,27 @@ def write_file(file: Path, *parts: Content) -> None:
         partial.unlink(missing_ok=True)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Puts a file under a second name, as atomically as `write_file` writes one.
+
+    No bytes are written where the file system knows hard links; elsewhere the file is copied. Chunk
+    files are never changed in place, so the two names never come to differ by surprise.
+
+    Raises:
+        CacheError: if the disk is full or refuses.
+    """
+    make_folder(target.parent)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        os.link(source, partial)
+        partial.replace(target)
+        sync_folder(target.parent)
+    except OSError:  # another file system, no links, or too many of them
+        write_file(target, source.read_bytes())
+    finally:
+        partial.unlink(missing_ok=True)  # renaming one name of a file to another leaves both
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder and its parents so that they survive a power cut."""
     missing = []

@@ -144,6 +144,8 @@ class ExtractReport(Config):
     """Images that cannot be read."""
     num_extracted: int
     """Images encoded by this run."""
+    num_copied: int = 0
+    """Images whose features were taken over from an earlier state of the cache."""
     precision: Precision
     """Arithmetic of the towers."""
     seconds: float
@@ -157,6 +159,8 @@ class ShardReport(Config):
 
     rows: int
     """Images or captions."""
+    copied: int = 0
+    """Those of them that were taken over from an earlier state of the cache."""
     invalid: list[dict[str, Any]]
     """Unreadable images: row, id, path, reason."""
     seconds: float

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +17,9 @@ from featcache.extract_config import ExtractConfig, ExtractReport, ShardReport
 from featcache.identity import FeatureIdentity
 from featcache.images import Views
 from featcache.manifest import Manifest
-from featcache.pipeline import BatchReader, ImageSource, Progress, ShardWriter, Timings
-from featcache.store import Shard, Store
+from featcache.pipeline import Batch, BatchReader, ImageSource, Progress, ShardWriter, Timings
+from featcache.row_block import RowBlock
+from featcache.store import Shard, ShardKind, Store
 
 
 class Extraction:
@@ -29,7 +31,8 @@ class Extraction:
         config: what was asked for.
         manifest: the dataset.
         backbone: the encoder.
-        store: the cache.
+        store: the cache that is written.
+        path: where it is to be found once it is complete.
         batch_size: images per forward pass.
     """
 
@@ -46,6 +49,7 @@ class Extraction:
         self.manifest = manifest
         self.backbone = backbone
         self.store = store
+        self.path = config.cache
         self.batch_size = batch_size
         self.identity = store.identity
         self.timings = Timings()
@@ -98,8 +102,10 @@ class Extraction:
         run = self._extract_images if shard.kind == "image" else self._extract_text
         timings, invalid = run(shard)
         timings.seconds = time.perf_counter() - began
+        num_rows = shard.stop - shard.start
         report = ShardReport(
-            rows=timings.rows,
+            rows=num_rows,
+            copied=num_rows - timings.rows,
             invalid=invalid,
             seconds=round(timings.seconds, 3),
             per_second=timings.rates(),
@@ -123,7 +129,7 @@ class Extraction:
         total = len(self.manifest)
         if len(invalid) > self.config.max_invalid * total:
             raise UnreadableImagesError(
-                f"{self.store.path}: {len(invalid)} of {total} images "
+                f"{self.path}: {len(invalid)} of {total} images "
                 f"({100 * len(invalid) / total:.2g} %) cannot be read, more than max_invalid "
                 f"{self.config.max_invalid} allows; the first is {invalid[0]['path']}: "
                 f"{invalid[0]['reason']}; what is done is kept: mend the files and run again with "
@@ -139,12 +145,13 @@ class Extraction:
         """
         self.check_invalid()
         report = ExtractReport(
-            cache=str(self.store.path),
+            cache=str(self.path),
             fingerprint=self.identity.fingerprint(),
             num_rows=len(self.manifest),
             num_captions=self._num_captions,
             num_invalid=len(self.invalid()),
             num_extracted=self.timings.rows,
+            num_copied=self._num_copied,
             precision=self.identity.precision,
             seconds=round(self.timings.seconds, 3),
             images_per_second=self.timings.rates(),
@@ -156,6 +163,10 @@ class Extraction:
     @property
     def _num_captions(self) -> int:
         return self.manifest.num_captions if self.identity.features.text else 0
+
+    @property
+    def _num_copied(self) -> int:
+        return 0
 
     def _find_pending(self) -> list[Shard]:
         pending = self.store.pending()
@@ -180,12 +191,15 @@ class Extraction:
                 return True
         return False
 
-    def _report_progress(self, kind: str, rows: int, timings: Timings) -> None:
+    def _totals(self, kind: ShardKind) -> tuple[int, int]:
+        """Rows to be encoded for the whole cache, and how many of them are done."""
+        total = len(self.manifest) if kind == "image" else self._num_captions
+        return total, total - sum(s.stop - s.start for s in self._pending if s.kind == kind)
+
+    def _report_progress(self, kind: ShardKind, rows: int, timings: Timings) -> None:
         if kind not in self._progress:
-            total = len(self.manifest) if kind == "image" else self._num_captions
-            open_rows = sum(s.stop - s.start for s in self._pending if s.kind == kind)
             unit = "images" if kind == "image" else "captions"
-            self._progress[kind] = Progress(total, total - open_rows, unit)
+            self._progress[kind] = Progress(*self._totals(kind), unit)
         shown = Timings()
         shown.add(self.timings if kind == "image" else timings)
         if kind == "image":
@@ -194,39 +208,48 @@ class Extraction:
         progress.update(progress.done + rows, shown)
 
     def _extract_images(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
-        features = self.identity.features
         timings = Timings()
-        invalid: list[dict[str, Any]] = []
-        pinned = self.backbone.device.type == "cuda"
-        num_readers = self.config.reader_threads
+        reasons: dict[int, str] = {}
         block = self.manifest.block(shard.start, shard.stop)
-        reader = BatchReader(self._source(), self.batch_size, num_readers, pinned)
         with ShardWriter(self.store, shard) as writer:
-            for batch in reader.batches(block):
-                rows = batch.stop - batch.start
-                valid = np.ones(rows, bool)
-                for row, reason in sorted(batch.reasons.items()):
-                    valid[row - batch.start] = False
-                    place = row - block.start
-                    item = {"row": row, "id": block.ids[place], "path": block.paths[place]}
-                    invalid.append({**item, "reason": reason})
-                with self._lock:
-                    began = time.perf_counter()
-                    arrays = encode_views(self.backbone, batch.pixels, request_of(features), rows)
-                    timings.encode_seconds += time.perf_counter() - began
-                    timings.rows += rows
-                    timings.read_seconds += batch.busy_seconds / num_readers
-                    timings.write_seconds = writer.seconds
-                    self._report_progress("image", rows, timings)
-                stored = {
-                    f"image/{name}": self._stored(f"image/{name}", values, valid, batch.start)
-                    for name, values in arrays.items()
-                }
+            for batch in self._reader().batches(block):
+                valid = batch.valid
+                reasons |= {row - shard.start: reason for row, reason in batch.reasons.items()}
+                timings.write_seconds = writer.seconds
+                stored = self._encode_batch(batch, np.arange(batch.start, batch.stop), timings)
                 # `valid` goes last, so that a killed retry never shows a row before its features.
                 marks = {"rows/content": batch.content, "rows/stamp": batch.stamp}
                 writer.put(batch.start, {**stored, **marks, "rows/valid": valid})
         timings.write_seconds = writer.seconds
-        return timings, invalid
+        return timings, invalid_rows(block, reasons)
+
+    def _encode_batch(
+        self, batch: Batch, rows: npt.NDArray[np.int64], timings: Timings, padded: bool = True
+    ) -> dict[str, npt.NDArray[Any]]:
+        """A batch's rows of every feature array as they go to disk.
+
+        Args:
+            batch: pixels of n rows.
+            rows: (n,) their row numbers in the cache.
+            timings: takes the time.
+            padded: whether a batch that is not full is encoded at full size, so that a row's
+                neighbours do not change its rounding.
+        """
+        num_rows = batch.stop - batch.start
+        pixels = batch.pixels if padded else batch.pixels[:num_rows]
+        with self._lock:
+            began = time.perf_counter()
+            arrays = encode_views(
+                self.backbone, pixels, request_of(self.identity.features), num_rows
+            )
+            timings.encode_seconds += time.perf_counter() - began
+            timings.rows += num_rows
+            timings.read_seconds += batch.busy_seconds / self.config.reader_threads
+            self._report_progress("image", num_rows, timings)
+        return {
+            f"image/{name}": self._stored(f"image/{name}", values, batch.valid, rows)
+            for name, values in arrays.items()
+        }
 
     def _extract_text(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
         timings = Timings()
@@ -240,21 +263,23 @@ class Extraction:
                     timings.encode_seconds += time.perf_counter() - began
                     timings.rows += len(texts)
                     self._report_progress("text", len(texts), timings)
-                valid = np.ones(len(texts), bool)
-                stored = self._stored("text/projected", values, valid, start)
+                valid, rows = np.ones(len(texts), bool), np.arange(start, start + len(texts))
+                stored = self._stored("text/projected", values, valid, rows)
                 writer.put(start, {"text/projected": stored})
         timings.write_seconds = writer.seconds
         return timings, []
 
-    def _source(self) -> ImageSource:
-        return image_source(self.config, self.manifest, self.backbone)
+    def _reader(self) -> BatchReader:
+        source = image_source(self.config, self.manifest, self.backbone)
+        pinned = self.backbone.device.type == "cuda"
+        return BatchReader(source, self.batch_size, self.config.reader_threads, pinned)
 
     def _stored(
         self,
         name: str,
         values: npt.NDArray[np.float32],
         valid: npt.NDArray[np.bool_],
-        start: int,
+        rows: npt.NDArray[np.int64],
     ) -> npt.NDArray[Any]:
         """Rows as they go to disk: unreadable ones NaN, all others checked to be finite."""
         dtype = np.dtype(self.identity.features.storage_dtype)
@@ -262,7 +287,7 @@ class Extraction:
         largest = flat.max(axis=1)  # NaN if there is one
         bad = np.flatnonzero(valid & ~(largest <= np.finfo(dtype).max))
         if len(bad):
-            row = start + int(bad[0])
+            row = int(rows[bad[0]])
             images = name.startswith("image/")
             what = (
                 f"image {self.manifest.block(row, row + 1).ids[0]}" if images else f"caption {row}"
@@ -279,6 +304,24 @@ class Extraction:
             )
         values[~valid] = np.nan
         return values.astype(dtype)
+
+
+def invalid_rows(block: RowBlock, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Row number, id, path and reason of unreadable images.
+
+    Args:
+        block: rows.
+        reasons: by place in the block.
+    """
+    return [
+        {
+            "row": block.start + place,
+            "id": block.ids[place],
+            "path": block.paths[place],
+            "reason": reason,
+        }
+        for place, reason in sorted(reasons.items())
+    ]
 
 
 def encode_views(

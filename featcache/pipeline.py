@@ -87,6 +87,13 @@ class Batch:
     reasons: dict[int, str] = field(default_factory=dict)
     busy_seconds: float = 0.0
 
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """(stop - start,) rows that could be read."""
+        valid = np.ones(self.stop - self.start, np.bool_)
+        valid[[row - self.start for row in self.reasons]] = False
+        return valid
+
 
 class BatchReader:
     """Batches in row order, decoded ahead by threads; at most `ahead` batches are in memory.

@@ -25,7 +25,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 _SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(strict=False).scan_once  # type: ignore[attr-defined]
 
 Columns = Mapping[str, pa.DataType]
-"""Arrow type by field name."""
+"""Arrow type by field name: integers, floating point, or large_string."""
 
 
 def read_arrays(file: Path, arrays: Mapping[str, Columns | None]) -> dict[str, Any]:
@@ -74,12 +74,22 @@ def _take(file: Path, name: str, elements: list[Any], columns: Columns, start: i
     taken = {}
     for field, dtype in columns.items():
         try:
-            taken[field] = pa.array([element[field] for element in elements], dtype)
-            if taken[field].null_count:
-                raise ValueError("null")
+            taken[field] = _array([element[field] for element in elements], dtype)
         except (KeyError, TypeError, ValueError, OverflowError):
             _fail_at(file, name, elements, field, dtype, start)
     return pa.table(taken, schema=pa.schema(columns))
+
+
+def _array(values: list[Any], dtype: pa.DataType) -> pa.Array:
+    """Values as Arrow, without Arrow's own leniency: 1.5 is no integer, null no text."""
+    found = pa.array(values)
+    if len(found) == 0:
+        return found.cast(dtype)
+    number = pa.types.is_integer(found.type) or pa.types.is_floating(found.type)
+    right = pa.types.is_string(found.type) if pa.types.is_large_string(dtype) else number
+    if not right or found.null_count:
+        raise TypeError(str(found.type))
+    return found.cast(dtype)
 
 
 def _fail_at(
@@ -93,17 +103,17 @@ def _fail_at(
         if field not in element:
             raise DatasetError(f"{place} has no {field!r}; found {', '.join(element) or 'nothing'}")
         try:
-            bad = pa.array([element[field]], dtype).null_count > 0
+            _array([element[field]], dtype)
         except (TypeError, ValueError, OverflowError):
-            bad = True
-        if bad:
             found = _shown(element[field])
-            raise DatasetError(f"{place} has {field} {found}; expected {_words(dtype)}")
+            raise DatasetError(f"{place} has {field} {found}; expected {_words(dtype)}") from None
     raise AssertionError("some element was wrong")
 
 
 def _words(dtype: pa.DataType) -> str:
-    return "a whole number" if pa.types.is_integer(dtype) else "text"
+    if pa.types.is_large_string(dtype):
+        return "text"
+    return "a whole number" if pa.types.is_integer(dtype) else "a number"
 
 
 def _shown(value: Any) -> str:
@@ -130,6 +140,7 @@ class _Reader:
         elif first == "{":
             self._start += 1
             more = self._peek() != "}"
+            self._start += not more
             while more:
                 name = self._value("a name")
                 if not isinstance(name, str) or self._peek() != ":":

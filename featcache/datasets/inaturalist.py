@@ -13,7 +13,13 @@ import pyarrow.compute as pc
 from pydantic import BeforeValidator, model_validator
 
 from featcache.datasets.base import DatasetConfig
-from featcache.datasets.inaturalist_json import Split, class_table, join, read_split
+from featcache.datasets.inaturalist_json import (
+    Split,
+    class_table,
+    in_order,
+    join,
+    read_split,
+)
 from featcache.datasets.inaturalist_layout import resolve
 from featcache.errors import DatasetError
 from featcache.json_arrays import read_arrays
@@ -77,33 +83,46 @@ class InaturalistConfig(DatasetConfig):
         Raises:
             DatasetError: one line naming the file and what is wrong in it.
         """
+        file, categories, parts = self.read()
+        classes, parts = self._subset(class_table(categories), parts, file)
+        labels = np.concatenate([part.labels for part in parts])
+        return Manifest.build(
+            kind=self.kind,
+            root=self.root,
+            ids=self._ids(parts),
+            paths=pa.concat_arrays([self.paths(part) for part in parts]),
+            splits=pa.concat_arrays([_repeated(part.split, len(part.labels)) for part in parts]),
+            labels=_one_or_none(labels),
+            classes=classes,
+            task="single_label",
+        )
+
+    def read(self) -> tuple[Path, list[dict[str, Any]], list[Split]]:
+        """What the JSON files say: categories by ascending id, their file, and all splits' images.
+
+        Raises:
+            DatasetError: see `manifest`.
+        """
         files = self._files()
         listed = self._listed_categories()
         tables = {}
         for split, file in files.items():
-            images, annotations, categories = read_split(file, with_categories=listed is None)
-            listed = listed or ((file, categories) if categories else None)
+            images, annotations, found = read_split(file, with_categories=listed is None)
+            listed = listed or ((file, found) if found else None)
             tables[split] = images, annotations
         if listed is None:
             raise DatasetError(
                 f"{self.root}: no categories.json and no 'categories' in "
                 f"{', '.join(file.name for file in files.values())}; expected one of them"
             )
-        classes = class_table(*listed)
-        numbers = classes["category_id"].to_numpy(np.int64)
+        file, categories = listed[0], in_order(*listed)
+        numbers = np.asarray([one["id"] for one in categories], np.int64)
         parts = [join(split, files[split], *tables.pop(split), numbers) for split in files]
-        classes, parts = self._subset(classes, parts, listed[0])
-        labels = np.concatenate([part.labels for part in parts])
-        return Manifest.build(
-            kind=self.kind,
-            root=self.root,
-            ids=self._ids(parts),
-            paths=pa.concat_arrays([self._paths(part) for part in parts]),
-            splits=pa.concat_arrays([_repeated(part.split, len(part.labels)) for part in parts]),
-            labels=_one_or_none(labels),
-            classes=classes,
-            task="single_label",
-        )
+        return file, categories, parts
+
+    def paths(self, part: Split) -> pa.Array:
+        """Image paths of a split, relative to `root`."""
+        return resolve(self.root, self.version, part.split, part.names, self.check_files)
 
     def _files(self) -> dict[str, Path]:
         """JSON file of each split that is there."""
@@ -174,9 +193,6 @@ class InaturalistConfig(DatasetConfig):
                         f"in {part.file.name}; use --dataset.ids file_name"
                     )
         return pc.cast(pa.array(numbers), pa.large_string())
-
-    def _paths(self, part: Split) -> pa.Array:
-        return resolve(self.root, self.version, part.split, part.names, self.check_files)
 
 
 def _repeated(text: str, count: int) -> pa.Array:

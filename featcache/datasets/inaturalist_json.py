@@ -42,15 +42,8 @@ class Split:
         )
 
 
-def class_table(file: Path, categories: list[Any]) -> pd.DataFrame:
-    """The classes in order of category id, with lower-cased metadata.
-
-    A Latin name that two categories share (one of a plant, one of an animal) gets its kingdom, or
-    whatever tells the two apart, in brackets.
-
-    Args:
-        file: where they were read from, for messages.
-        categories: the JSON's objects.
+def in_order(file: Path, categories: list[Any]) -> list[dict[str, Any]]:
+    """The categories by ascending id, checked.
 
     Raises:
         DatasetError: an entry without a whole-numbered id or a name, or an id that occurs twice.
@@ -62,11 +55,20 @@ def class_table(file: Path, categories: list[Any]) -> pd.DataFrame:
                 f"{file}: category {index} is {str(entry)[:60]}; expected an object with a "
                 "whole-numbered id and a name"
             )
-    categories = sorted(categories, key=lambda entry: int(entry["id"]))
-    numbers = [int(entry["id"]) for entry in categories]
-    for before, after in pairwise(numbers):
+    ordered = sorted(categories, key=lambda entry: int(entry["id"]))
+    for before, after in pairwise(entry["id"] for entry in ordered):
         if before == after:
             raise DatasetError(f"{file}: category id {after} is listed twice; keep one entry")
+    return ordered
+
+
+def class_table(categories: list[dict[str, Any]]) -> pd.DataFrame:
+    """Classes with lower-cased metadata, in the order of the categories.
+
+    A Latin name that two categories share (one of a plant, one of an animal) gets its kingdom, or
+    whatever tells the two apart, in brackets.
+    """
+    numbers = [int(entry["id"]) for entry in categories]
     latin = [_text(entry, "name") for entry in categories]
     columns = {
         "name": _unique_names(latin, categories, numbers),

@@ -4,6 +4,7 @@ A path is relative to the dataset's root and takes one of these forms:
 
     train/oak/17.jpg                      a file
     train-0000.tar@1536+48211/0042.jpg    48211 bytes at offset 1536 of an uncompressed tar
+    train/data-00000.arrow@17/image       column `image` of row 17 of an Arrow stream file
 
 Other containers add a line to `CONTAINERS`.
 """
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+
+from featcache.arrow_cells import read_cell
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,36 @@ def _member_stamp(root: Path, match: re.Match[str]) -> int:
     return file_stamp(root / match["tar"], int(match["offset"]), int(match["size"]))
 
 
+def arrow_cell_path(file: str, row: int, column: str) -> str:
+    """The path of an image inside an Arrow stream file.
+
+    Args:
+        file: the file's path, relative to the root; ends with `.arrow`.
+        row: counted from 0 in that file.
+        column: of binary type, or a struct with a field `bytes`.
+    """
+    return f"{file}@{row}/{column}"
+
+
+def _read_arrow(root: Path, match: re.Match[str]) -> bytes:
+    return read_cell(root / match["file"], int(match["row"]), match["column"])
+
+
+def _arrow_stamp(root: Path, match: re.Match[str]) -> int:
+    column = xxhash.xxh3_64_intdigest(match["column"].encode())
+    return file_stamp(root / match["file"], int(match["row"]), column)
+
+
 CONTAINERS: list[Container] = [
+    Container(
+        re.compile(r"(?P<file>.+?\.arrow)@(?P<row>\d+)/(?P<column>.+)", re.DOTALL),
+        _read_arrow,
+        _arrow_stamp,
+    ),
     Container(
         re.compile(r"(?P<tar>.+?\.tar)@(?P<offset>\d+)\+(?P<size>\d+)/(?P<member>.+)", re.DOTALL),
         _read_member,
         _member_stamp,
-    )
+    ),
 ]
 """Every kind of container; the first one whose pattern matches a path reads it."""

@@ -24,6 +24,14 @@ from featcache.pipeline import BatchReader, ImageSource
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
 from featcache.row_block import RowBlock
+from featcache.submission import (
+    SEPARATOR,
+    describe_empty,
+    labels_of,
+    read_order,
+    submission,
+    write_submission,
+)
 from heads.data import FeatureTable, feature_array
 from heads.progress import ProgressLine
 from heads.run_folder import LoadedRun, RunError, load_run, write_atomic
@@ -50,6 +58,11 @@ class PredictConfig(Config):
     """Image file, or folder that is searched with its sub-folders; or give `cache`."""
     out: Path
     """Table to write: .csv or .parquet."""
+    submission: Path | None = None
+    """Write `ImageID,Labels` there too, with the original label ids of a kaggle_csv dataset."""
+    submission_order: Path | None = None
+    """test.csv or a sample submission, whose images and order the submission takes; unset = those
+    of the rows predicted."""
     top_k: PositiveInt = 5
     """Classes listed for each row, best first, 1 or more."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
@@ -67,6 +80,8 @@ class PredictConfig(Config):
             raise ValueError("give either cache or images")
         if self.split is not None and self.cache is None:
             raise ValueError(f"split={self.split} needs cache")
+        if self.submission_order is not None and self.submission is None:
+            raise ValueError(f"submission_order={self.submission_order} needs submission")
         if self.out.suffix not in (".csv", ".parquet"):
             raise ValueError(f"out={self.out} has to end with .csv or .parquet")
         return self
@@ -101,14 +116,17 @@ def run(config: PredictConfig) -> PredictReport:
     """Predicts and writes the table; unreadable rows go to `<out>.unreadable.csv`, with reasons."""
     device = resolve_device(config.device)
     loaded = load_run(config.run, device)
+    order = None if config.submission_order is None else read_order(config.submission_order)
     if config.cache is not None:
         cache = open_cache(config.cache)
         rows = _cache_rows(cache, config.split)
+        order = [cache.ids[row] for row in rows] if order is None else order
         frame, unreadable = predict_cache(loaded, cache, rows, config.top_k, config.threshold)
     else:
         assert config.images is not None, "checked by the config"
         files = find_images(config.images)
         root = config.images if config.images.is_dir() else config.images.parent
+        order = files if order is None else order
         frame, unreadable = predict_images(
             loaded,
             root,
@@ -132,6 +150,12 @@ def run(config: PredictConfig) -> PredictReport:
             first = unreadable[0]
             print(f"{len(unreadable):,} unreadable, not predicted: {failures}")
             print(f"  the first: {first.path} ({first.reason})")
+    if config.submission is not None:
+        labels = labels_of(frame, loaded.classes)
+        rows_out, num_empty = submission(order, labels, [one.id for one in unreadable])
+        write_submission(config.submission, rows_out)
+        if not config.quiet:
+            print(f"{len(rows_out):,} rows: {config.submission}" + describe_empty(num_empty))
     return PredictReport(config.out, frame, unreadable)
 
 
@@ -332,7 +356,7 @@ def _frame(
         order.append(ranked.indices[:, :top_k].numpy())
         best.append(ranked.values[:, :top_k].numpy())
         if run.task == "multi_label":
-            present += ["; ".join(names[row]) for row in (batch >= threshold).numpy()]
+            present += [SEPARATOR.join(names[row]) for row in (batch >= threshold).numpy()]
     index = np.concatenate(order) if order else np.zeros((0, top_k), np.int64)
     values = np.concatenate(best) if best else np.zeros((0, top_k), np.float32)
     columns: dict[str, Any] = {"id": ids, "path": paths}

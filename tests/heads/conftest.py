@@ -161,7 +161,7 @@ def make_cache(tmp_path: Path) -> Callable[..., Path]:
     """`make_cache(name, features, labels, splits, num_classes=C, ...)`."""
 
     def make(name: str, *arguments: Any, num_classes: int, **options: Any) -> Path:
-        table = class_table(num_classes)
+        table = options.pop("classes", class_table(num_classes))
         return write_cache(tmp_path / "cache" / name, *arguments, classes=table, **options)
 
     return make

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from featcache import extract
+from featcache import submission as featcache_submission
 from featcache.errors import BackboneError, CacheMismatchError, ConfigError
 from featcache.extract import ExtractConfig
 from featcache.reader import open_cache
+from featcache.submission import SubmissionConfig
 from heads import predict, train
 from heads.models.linear import LinearConfig
 from heads.models.zero_shot import ZeroShotConfig
@@ -156,3 +158,44 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         predict.find_images(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no image in"):
         predict.find_images(tmp_path)
+
+
+def test_a_submission_keeps_row_order_and_label_ids(
+    make_cache: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(1)
+    features = random.normal(size=(90, 6)).astype(np.float32)
+    labels = [[n for n in range(2) if row[n] > 0] or [2] for row in features[:70]]
+    table = pd.DataFrame({"name": ["person", "dog", "cup"], "label_id": ["1", "18", "4"]})
+    cache = make_cache(
+        "kaggle",
+        features,
+        labels + [[]] * 20,
+        ["train"] * 60 + ["val"] * 10 + ["test"] * 20,
+        num_classes=3,
+        classes=table,
+        task="multi_label",
+        invalid=[75],
+    )
+    run = trained(cache)
+    capsys.readouterr()
+    config = PredictConfig(
+        run=run, cache=cache, split="test", out=tmp_path / "p.csv", submission=tmp_path / "s.csv"
+    )
+    frame = predict.run(config).table
+    written = pd.read_csv(tmp_path / "s.csv", dtype=str, keep_default_na=False)
+    assert written["ImageID"].tolist() == [f"r{row}" for row in range(70, 90)]
+    number = dict(zip(table["name"], table["label_id"], strict=True))
+    expected = {"r75": ""}
+    for row in frame.itertuples():
+        chosen = row.classes.split("; ") if row.classes else [row.class_1]
+        expected[str(row.id)] = " ".join(sorted((number[name] for name in chosen), key=int))
+    assert dict(zip(written["ImageID"], written["Labels"], strict=True)) == expected
+    assert "20 rows: " in capsys.readouterr().out
+    again = featcache_submission.run(
+        SubmissionConfig(predictions=tmp_path / "p.csv", cache=cache, out=tmp_path / "again.csv")
+    )
+    kept = written[written["ImageID"] != "r75"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, kept, check_dtype=False)
+    with pytest.raises(ValueError, match="needs submission"):
+        PredictConfig(run=run, cache=cache, out=tmp_path / "p.csv", submission_order=tmp_path)

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from featcache.chunks import make_folder
 from featcache.identity import Identity
 from featcache.manifest import Manifest, class_hash
+from featcache.quantize import SCALE
 from featcache.tables import (
     TABLE_CHUNK_ROWS,
     ArrayPlan,
@@ -91,9 +92,18 @@ class CachePlan:
             f"{len(self.manifest)} rows, {self.manifest.num_classes} classes, "
             f"{len(self.shards)} shards"
         ]
+        sizes = {plan.path: plan.num_bytes for plan in self.arrays}
         for plan in self.arrays:
             shape = " x ".join(str(size) for size in plan.shape)
-            lines.append(f"  {plan.path:<16} {shape} {plan.dtype}, {human_bytes(plan.num_bytes)}")
+            line = f"  {plan.path:<16} {shape} {plan.dtype}, {human_bytes(plan.num_bytes)}"
+            if plan.dtype == "int8":
+                whole = plan.num_bytes + sizes[plan.path + SCALE]
+                half = replace(plan, dtype="float16")
+                line += (
+                    f" ({human_bytes(whole)} with scales; float16 would take "
+                    f"{human_bytes(half.num_bytes)})"
+                )
+            lines.append(line)
         return "\n".join([*lines, f"  total            {human_bytes(self.num_bytes)}"])
 
 

@@ -27,7 +27,7 @@ SEAL = "featcache_checksum"
 
 Content = bytes | npt.NDArray[np.uint8]
 
-_FIXED_DTYPES = ("bool", "uint8", "uint64", "int32", "int64", "float16", "float32")
+_FIXED_DTYPES = ("bool", "int8", "uint8", "uint64", "int32", "int64", "float16", "float32")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class ExportConfig(Config):
     out: Path
     """Folder (numpy) or file (parquet) to write; must not exist."""
     arrays: tuple[str, ...] | None = None
-    """Arrays to write, e.g. image/projected; unset = all features."""
+    """Arrays to write, e.g. image/projected; unset = all features. Int8 tokens become float32."""
 
 
 def run(config: ExportConfig) -> Path:
@@ -56,6 +56,7 @@ def to_numpy(cache: Cache, folder: str | Path, arrays: Sequence[str] | None = No
     `image/projected` becomes `image.projected.npy`, row by row as in the cache; `rows.parquet` has
     id, path, split, valid, labels and captions of each image; `text/projected` goes with
     `captions.parquet` (row, caption); `classes.parquet` the class table, `cache.json` the identity.
+    Int8 tokens become the float32 numbers they stand for.
 
     Args:
         cache: the cache.
@@ -101,7 +102,8 @@ def to_parquet(cache: Cache, file: str | Path, arrays: Sequence[str] | None = No
     """Writes one row an image: id, path, split, label names, captions and image features.
 
     Features are fixed-size lists, null for unreadable images; an array with more than one axis a
-    row is flattened, its shape is in the column's metadata. The file appears whole.
+    row is flattened, its shape is in the column's metadata; int8 tokens become float32. The file
+    appears whole.
 
     Args:
         cache: the cache.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcache.backbones.base import Backbone, BackboneSpec
+from featcache.backbones.base import Backbone
 from featcache.config import run_job
 from featcache.errors import CacheCorruptError, ConfigError
 from featcache.extract_config import (
@@ -30,15 +30,16 @@ from featcache.extraction import Extraction, image_source, request_of
 from featcache.identity import (
     FeatureIdentity,
     Identity,
-    PreprocessIdentity,
     StorageDtype,
+    TokenDtype,
     require_equal,
 )
 from featcache.manifest import Manifest
 from featcache.pipeline import BatchReader
 from featcache.precision import PrecisionChoice, open_checked, resolve_device
-from featcache.sharding import feature_arrays, shard_rows_for, shards_for
+from featcache.sharding import feature_arrays, kept_grid, shard_rows_for, shards_for
 from featcache.store import CachePlan, Shard, Store, create, writer_lock
+from featcache.token_check import token_error
 
 __all__ = [
     "ExtractConfig",
@@ -65,6 +66,8 @@ def plan(config: ExtractConfig) -> Extraction:
         CacheMismatchError: if the cache holds something else.
         CacheError: if the disk is too small, or another process writes the cache.
     """
+    if config.dry_run:
+        raise ConfigError("dry_run true writes nothing; use python -m featcache.extract for it")
     device = resolve_device(config.device)
     manifest = config.dataset.open()
     with ExitStack() as resources:
@@ -75,10 +78,7 @@ def plan(config: ExtractConfig) -> Extraction:
         backbone, log = _open_backbone(config, device, manifest, store, batch_size)
         identity = _identity(config, manifest, backbone)
         if store is None:
-            planned = _cache_plan(config, manifest, backbone, identity, batch_size)
-            planned.attributes["precision_cosine"] = log["cosine"]
-            print(f"backbone {backbone.spec.identity.name}: {log['text']}")
-            print(f"writes {config.cache}: {planned.describe()}", flush=True)
+            planned = _announced(config, manifest, backbone, log, identity, batch_size)
             store = create(config.cache, planned)
         else:
             require_equal(store.identity, identity, str(config.cache))
@@ -92,6 +92,8 @@ def run(config: ExtractConfig) -> ExtractReport:
     Raises:
         UserError: see `plan`, `Extraction.extract` and `Extraction.finish`.
     """
+    if config.dry_run:
+        return preview(config)
     with plan(config) as session:
         shards = session.pending()
         path, total = session.store.path, len(session.store.shards())
@@ -118,6 +120,62 @@ def run(config: ExtractConfig) -> ExtractReport:
             f"{first['path']}: {first['reason']}"
         )
     return report
+
+
+def preview(config: ExtractConfig) -> ExtractReport:
+    """Prints what `run` would write, and writes nothing.
+
+    Returns:
+        A report of nothing done, with the fingerprint that the cache would have.
+
+    Raises:
+        UserError: what `plan` would raise, the lock and the disk's room aside.
+    """
+    device = resolve_device(config.device)
+    manifest = config.dataset.open()
+    store = Store.open(config.cache) if config.cache.exists() and not config.restart else None
+    batch_size = _batch_size(config, device, {} if store is None else store.attributes)
+    backbone, log = _open_backbone(config, device, manifest, store, batch_size)
+    identity = _identity(config, manifest, backbone)
+    if store is None:
+        _announced(config, manifest, backbone, log, identity, batch_size)
+    else:
+        require_equal(store.identity, identity, str(config.cache))
+        print(f"{config.cache}: {len(store.pending())} of {len(store.shards())} shards are missing")
+    print("dry run: nothing was written")
+    return ExtractReport(
+        cache=str(config.cache),
+        fingerprint=identity.fingerprint(),
+        num_rows=len(manifest),
+        num_captions=manifest.num_captions if identity.features.text else 0,
+        num_invalid=0,
+        num_extracted=0,
+        precision=identity.precision,
+        seconds=0.0,
+        images_per_second={},
+    )
+
+
+def _announced(
+    config: ExtractConfig,
+    manifest: Manifest,
+    backbone: Backbone,
+    log: Mapping[str, Any],
+    identity: Identity,
+    batch_size: int,
+) -> CachePlan:
+    """The plan of a new cache; prints its sizes, and what was measured on the first images."""
+    planned = _cache_plan(config, manifest, backbone, identity, batch_size)
+    planned.attributes["precision_cosine"] = log["cosine"]
+    print(f"backbone {backbone.spec.identity.name}: {log['text']}")
+    print(f"writes {config.cache}: {planned.describe()}", flush=True)
+    error = token_error(
+        backbone, identity.features, _samples(config, manifest, backbone, batch_size)
+    )
+    if error is not None:
+        planned.attributes["token_error"] = error.record()
+        print(f"  {error}", flush=True)
+    return planned
 
 
 def _existing(config: ExtractConfig) -> Store | None:
@@ -202,16 +260,22 @@ def _features(config: ExtractConfig, manifest: Manifest) -> FeatureIdentity:
     if features.storage_dtype != "auto":
         storage = features.storage_dtype
     augmented = views.num_views > 1
+    image_only = config.backbone.image_only
+    tokens: TokenDtype | None = None
+    if features.tokens != "none":
+        tokens = storage if features.token_dtype == "auto" else features.token_dtype
     return FeatureIdentity(
-        projected=features.projected,
-        pooled=features.pooled,
+        projected=not image_only if features.projected is None else features.projected,
+        pooled=image_only if features.pooled is None else features.pooled,
         tokens=features.tokens,
         token_layer=features.token_layer if features.tokens != "none" else -1,
-        text=features.text and manifest.num_captions > 0,
+        text=(not image_only if features.text is None else features.text)
+        and manifest.num_captions > 0,
         storage_dtype=storage,
         num_views=views.num_views,
         view_seed=views.seed if augmented else 0,
         view_scale=views.scale if augmented else 1.0,
+        token_dtype=tokens,
     )
 
 
@@ -219,19 +283,10 @@ def _identity(config: ExtractConfig, manifest: Manifest, backbone: Backbone) -> 
     spec = backbone.spec
     features = _features(config, manifest)
     spec.require(request_of(features), text=features.text)
-    pixels = spec.pixels
     return Identity(
         dataset=manifest.identity,
         backbone=spec.identity,
-        preprocess=PreprocessIdentity(
-            size=pixels.size,
-            mean=pixels.mean,
-            std=pixels.std,
-            interpolation=pixels.interpolation,
-            resize_mode=pixels.resize_mode,
-            fill_color=pixels.fill_color,
-            mode=config.pixel_mode,
-        ),
+        preprocess=spec.pixels.record(config.pixel_mode),
         precision=backbone.precision,
         features=features,
     )
@@ -266,22 +321,14 @@ def _cache_plan(
             "root": str(manifest.root.resolve()),
             "shard_rows": shard_rows if wanted is None else wanted,
             "batch_size": batch_size,
-            "token_grid": _kept_grid(features, spec),
+            "token_grid": kept_grid(features, spec),
+            "num_prefix_tokens": spec.num_prefix_tokens if features.before_last else 0,
             "logit_scale": spec.logit_scale,
             "projected_dim": spec.projected_dim,
             "pixels": identity.preprocess.record(),
             "device": str(backbone.device),
         },
     )
-
-
-def _kept_grid(features: FeatureIdentity, spec: BackboneSpec) -> list[int] | None:
-    if features.tokens == "none" or spec.token_grid is None:
-        return None
-    if features.tokens == "all":
-        return list(spec.token_grid)
-    side = int(features.tokens.removeprefix("grid:"))
-    return [side, side]
 
 
 if __name__ == "__main__":

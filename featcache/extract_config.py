@@ -12,7 +12,7 @@ from featcache.backbones.open_clip import OpenClipConfig
 from featcache.config import Config
 from featcache.datasets import AnyDataset
 from featcache.errors import ConfigError
-from featcache.identity import Precision, StorageDtype
+from featcache.identity import Precision, StorageDtype, TokenDtype
 from featcache.images import PixelMode
 from featcache.precision import PrecisionChoice
 
@@ -20,24 +20,38 @@ from featcache.precision import PrecisionChoice
 class FeatureOptions(Config):
     """Which features are kept, and how they are stored."""
 
-    projected: bool = True
-    """Keep image features after the projection, (N, P): what is compared with text."""
-    pooled: bool = False
-    """Keep pooled image features before the projection, (N, D)."""
-    tokens: str = Field(default="none", pattern=r"^(none|all|grid:[1-9][0-9]*)$")
-    """Keep patch tokens, (N, L, W), before the last norm: none, all, or grid:K = K x K averages."""
+    projected: bool | None = None
+    """Keep image features after the projection, (N, P): what is compared with text; unset = if the
+    backbone has a projection."""
+    pooled: bool | None = None
+    """Keep pooled image features before the projection, (N, D); unset = if the backbone has no
+    projection (timm)."""
+    tokens: str = Field(
+        default="none", pattern=r"^(none|all|grid:[1-9][0-9]*|before_last:[1-9][0-9]*)$"
+    )
+    """Keep tokens, (N, L, W): none; all = patch tokens before the last norm; grid:K = their K x K
+    averages; before_last:n = the whole sequence that enters the last n blocks, prefix included."""
+    token_dtype: Literal["auto"] | TokenDtype = "auto"
+    """Type of the tokens on disk: float16, float32, or int8 with one scale per token (half of
+    float16, its error is measured and printed); auto = as storage_dtype."""
     token_layer: int = Field(default=-1, ge=-1)
     """Block whose output the tokens are, from 1; -1 = the last."""
-    text: bool = True
-    """Keep caption features, (M, P), if the dataset has captions."""
+    text: bool | None = None
+    """Keep caption features, (M, P); unset = if the dataset has captions and the backbone reads
+    text."""
     storage_dtype: Literal["auto"] | StorageDtype = "auto"
     """Type on disk: float16 or float32; auto = float16, or float32 with `reference`."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if not (self.projected or self.pooled or self.tokens != "none"):
+        if self.projected is False and not self.pooled and self.tokens == "none":
             raise ValueError(
                 "projected False, pooled False and tokens none keep nothing; set one of them"
+            )
+        if self.tokens.startswith("before_last:") and self.token_layer != -1:
+            raise ValueError(
+                f"token_layer {self.token_layer} contradicts tokens {self.tokens}, which already "
+                "names the place; drop one of them"
             )
         if self.token_layer == 0:
             raise ValueError("token_layer 0 does not exist; layers count from 1, -1 = the last")
@@ -95,6 +109,8 @@ class ExtractConfig(Config):
     """Verify every checksum first, and extract damaged shards again."""
     restart: bool = False
     """Delete the cache and start anew."""
+    dry_run: bool = False
+    """Print what would be written, its size and the tokens' error, and stop."""
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +127,7 @@ class ExtractConfig(Config):
                 ("mode", self.mode, ("fast", "reference")),
                 ("precision", self.precision, ("auto", "fp32")),
                 ("features.storage_dtype", self.features.storage_dtype, ("auto", "float32")),
+                ("features.token_dtype", self.features.token_dtype, ("auto", "float32")),
             ):
                 if value not in legal:
                     raise ValueError(f"reference true contradicts {name} {value}; drop one of them")

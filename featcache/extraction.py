@@ -18,6 +18,7 @@ from featcache.identity import FeatureIdentity
 from featcache.images import Views
 from featcache.manifest import Manifest
 from featcache.pipeline import Batch, BatchReader, ImageSource, Progress, ShardWriter, Timings
+from featcache.quantize import SCALE, quantize
 from featcache.row_block import RowBlock
 from featcache.store import Shard, ShardKind, Store
 
@@ -246,10 +247,10 @@ class Extraction:
             timings.rows += num_rows
             timings.read_seconds += batch.busy_seconds / self.config.reader_threads
             self._report_progress("image", num_rows, timings)
-        return {
-            f"image/{name}": self._stored(f"image/{name}", values, batch.valid, rows)
-            for name, values in arrays.items()
-        }
+        stored: dict[str, npt.NDArray[Any]] = {}
+        for name, values in arrays.items():
+            stored |= self._stored(f"image/{name}", values, batch.valid, rows)
+        return stored
 
     def _extract_text(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
         timings = Timings()
@@ -264,8 +265,7 @@ class Extraction:
                     timings.rows += len(texts)
                     self._report_progress("text", len(texts), timings)
                 valid, rows = np.ones(len(texts), bool), np.arange(start, start + len(texts))
-                stored = self._stored("text/projected", values, valid, rows)
-                writer.put(start, {"text/projected": stored})
+                writer.put(start, self._stored("text/projected", values, valid, rows))
         timings.write_seconds = writer.seconds
         return timings, []
 
@@ -280,30 +280,36 @@ class Extraction:
         values: npt.NDArray[np.float32],
         valid: npt.NDArray[np.bool_],
         rows: npt.NDArray[np.int64],
-    ) -> npt.NDArray[Any]:
-        """Rows as they go to disk: unreadable ones NaN, all others checked to be finite."""
-        dtype = np.dtype(self.identity.features.storage_dtype)
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Rows as they go to disk, by array: unreadable ones NaN, others checked to be finite."""
+        kind, feature = name.split("/")
+        dtype = self.identity.features.dtype_of(feature)
+        limits = np.finfo(np.float32 if dtype == "int8" else dtype)
         flat = np.abs(values.reshape(len(values), -1))
         largest = flat.max(axis=1)  # NaN if there is one
-        bad = np.flatnonzero(valid & ~(largest <= np.finfo(dtype).max))
+        bad = np.flatnonzero(valid & ~(largest <= limits.max))
         if len(bad):
             row = int(rows[bad[0]])
-            images = name.startswith("image/")
+            images = kind == "image"
             what = (
                 f"image {self.manifest.block(row, row + 1).ids[0]}" if images else f"caption {row}"
             )
             found = float(largest[bad[0]])
-            limit = float(np.finfo(dtype).max)
+            limit = float(limits.max)
+            option = "token_dtype" if feature == "tokens" else "storage_dtype"
             advice = (
-                "set --features.storage_dtype float32"
+                f"set --features.{option} float32"
                 if np.isfinite(found)
                 else "set --precision fp32 (or bf16), and look at the weights if it stays"
             )
             raise BackboneError(
-                f"{name} of {what} holds {found:.4g}, {dtype} reaches {limit:.4g}; {advice}"
+                f"{name} of {what} holds {found:.4g}, {limits.dtype} reaches {limit:.4g}; {advice}"
             )
         values[~valid] = np.nan
-        return values.astype(dtype)
+        if dtype == "int8":
+            codes, scales = quantize(values)
+            return {name: codes, name + SCALE: scales}
+        return {name: values.astype(dtype)}
 
 
 def invalid_rows(block: RowBlock, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -367,11 +373,11 @@ def image_source(config: ExtractConfig, manifest: Manifest, backbone: Backbone) 
 
 def request_of(features: FeatureIdentity) -> FeatureRequest:
     """What a backbone is asked for, to get the features of a cache."""
-    grid = features.tokens.startswith("grid:")
     return FeatureRequest(
         projected=features.projected,
         pooled=features.pooled,
         tokens=features.tokens != "none",
-        token_pool=int(features.tokens.removeprefix("grid:")) if grid else None,
+        token_pool=features.token_pool,
         token_layer=features.token_layer,
+        before_last=features.before_last,
     )

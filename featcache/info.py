@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
+from featcache.quantize import SCALE
 from featcache.reader import Cache, open_cache
 
 SHOWN_REASONS = 5
@@ -51,9 +51,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             arrays[name] = {
                 "shape": list(files.shape),
                 "dtype": str(files.dtype),
-                "num_bytes": int(np.prod(files.shape, dtype=np.int64)) * files.dtype.itemsize
-                if files.dtype is not None
-                else 0,
+                "num_bytes": sum(_num_bytes(cache, part) for part in (name, name + SCALE)),
             }
     done = cache.done
     invalid = [item for report in reports["image"].values() for item in report["invalid"]]
@@ -85,6 +83,14 @@ def describe(cache: Cache) -> dict[str, Any]:
         },
         "versions": cache.attributes["versions"],
     }
+
+
+def _num_bytes(cache: Cache, name: str) -> int:
+    """Bytes of an array's rows; 0 if there is none of that name."""
+    if not cache.has(name):
+        return 0
+    files = cache.store.files(name)
+    return files.row_bytes * files.shape[0]
 
 
 def _text(found: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ from featcache.errors import CacheError, ConfigError
 from featcache.feature_array import FeatureArray
 from featcache.identity import Identity, require_equal
 from featcache.manifest import Task
+from featcache.quantize import SCALE
+from featcache.quantized_array import QuantizedArray
 from featcache.store import Store
 
 if TYPE_CHECKING:
@@ -142,13 +144,25 @@ class Cache:
         return self.store.has(name)
 
     def feature_names(self, prefix: str = "") -> list[str]:
-        """Names of the feature arrays that start with `prefix`, e.g. `image/`."""
+        """Names of the feature arrays that start with `prefix`, e.g. `image/`.
+
+        Scales of an int8 array are part of that array, and not named.
+        """
         named = self.attributes["arrays"]
         names = [*named["image"], *named["text"]]
-        return [name for name in names if not name.startswith("rows/") and name.startswith(prefix)]
+        return [
+            name
+            for name in names
+            if name.startswith(prefix)
+            and not name.startswith("rows/")
+            and name.removesuffix(SCALE) not in {*names} - {name}
+        ]
 
     def array(self, name: str) -> FeatureArray:
         """An array such as `image/projected`, verified on first use.
+
+        Int8 tokens are read as the float32 numbers they stand for; the array's `codes` and `scales`
+        are what is stored.
 
         Raises:
             CacheError: if the cache does not hold it; the message lists those it holds.
@@ -167,7 +181,9 @@ class Cache:
                 done = self._done_rows(kind, num)
             if name.startswith("image/"):
                 views = self.identity.features.num_views
-            self._features[name] = FeatureArray(self.store, name, self._verify, views, done)
+            quantized = self.store.has(name + SCALE)
+            opened = QuantizedArray if quantized else FeatureArray
+            self._features[name] = opened(self.store, name, self._verify, views, done)
         return self._features[name]
 
     def rows(self, split: str) -> Rows:
@@ -221,7 +237,7 @@ class Cache:
             ram_budget_bytes: features that may be needed in memory at a time.
 
         Yields:
-            (n,) row numbers in the cache and their (n, ...) features, as stored.
+            (n,) row numbers in the cache and their (n, ...) features, as stored (int8: float32).
         """
         array = self.row_array(name)
         rows = self.rows(split)

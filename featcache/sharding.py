@@ -1,7 +1,10 @@
 """Plain arithmetic of a cache's layout: shards, chunks and the shapes of the feature arrays."""
 
+import numpy as np
+
 from featcache.backbones.base import BackboneSpec
 from featcache.identity import FeatureIdentity
+from featcache.quantize import SCALE
 from featcache.store import ArrayPlan, Shard, ShardKind
 
 MAX_CHUNK_BYTES = 64 << 20
@@ -47,12 +50,19 @@ def chunk_rows_for(shard_rows: int, row_bytes: int) -> int:
 
 
 def num_tokens(features: FeatureIdentity, spec: BackboneSpec) -> int:
-    """L, patch tokens kept of an image; 0 if none."""
-    if features.tokens == "none" or spec.token_grid is None:
+    """L, tokens kept of an image; 0 if none."""
+    grid = kept_grid(features, spec)
+    if grid is None:
         return 0
-    if features.tokens == "all":
-        return spec.token_grid[0] * spec.token_grid[1]
-    return int(features.tokens.removeprefix("grid:")) ** 2
+    return grid[0] * grid[1] + (spec.num_prefix_tokens if features.before_last else 0)
+
+
+def kept_grid(features: FeatureIdentity, spec: BackboneSpec) -> tuple[int, int] | None:
+    """Rows and columns of the patch tokens kept of an image; None if there are none."""
+    if features.tokens == "none":
+        return None
+    side = features.token_pool
+    return spec.token_grid if side is None else (side, side)
 
 
 def feature_arrays(
@@ -84,15 +94,18 @@ def feature_arrays(
         shapes["image/tokens"] = (num_rows, *views, num_tokens(features, spec), spec.token_dim)
     if features.text:
         shapes["text/projected"] = (num_captions, spec.projected_dim)
-    itemsize = 2 if features.storage_dtype == "float16" else 4
+    dtypes: dict[str, str] = {path: features.dtype_of(path.partition("/")[2]) for path in shapes}
+    if dtypes.get("image/tokens") == "int8":
+        path = "image/tokens" + SCALE
+        shapes[path], dtypes[path] = shapes["image/tokens"][:-1], "float32"
     plans = []
     for path, shape in shapes.items():
-        row_bytes = itemsize
+        row_bytes = np.dtype(dtypes[path]).itemsize
         for size in shape[1:]:
             row_bytes *= size
         rows = text_shard_rows if path.startswith("text/") else shard_rows
         chunk_rows = chunk_rows_for(rows, row_bytes)
-        plans.append(ArrayPlan(path, shape, features.storage_dtype, chunk_rows))
+        plans.append(ArrayPlan(path, shape, dtypes[path], chunk_rows))
     return tuple(plans)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import CacheError, ConfigError
+from featcache.quantized_array import QuantizedArray
 from featcache.reader import Cache, FeatureArray
 from heads.base import HeadConfig
 
@@ -20,6 +21,8 @@ CARVE = "carve"
 """Name of the validation split that is carved out of the training split."""
 
 _SCAN_ROWS = 65_536
+_SCAN_VALUES = 1 << 28
+"""Most numbers looked at together: 1 GiB of float32, which tokens reach with far fewer rows."""
 _FLAGS = {"projected": "--features.projected", "pooled": "--features.pooled"}
 
 logger = logging.getLogger(__name__)
@@ -221,11 +224,16 @@ def feature_array(cache: Cache, head: HeadConfig) -> FeatureArray:
     """
     (name,) = head.arrays()
     if not cache.has(name):
-        held = ", ".join(cache.attributes["arrays"]["image"][:3])
+        held = ", ".join(cache.feature_names("image/"))
         flag = _FLAGS.get(name.removeprefix("image/"), "--features.tokens")
+        advice = f"extract it with {flag}, or choose another head or feature"
+        if name == "image/projected" and cache.attributes.get("projected_dim") == 0:
+            advice = (
+                "its backbone reads no text and has no projection, so choose a head on pooled "
+                "features (--head linear --head.feature pooled)"
+            )
         raise CacheError(
-            f"{cache.path}: head {head.kind} reads {name}, the cache holds {held}; extract it with "
-            f"{flag}, or choose another head or feature"
+            f"{cache.path}: head {head.kind} reads {name}, the cache holds {held}; {advice}"
         )
     return cache.array(name)
 
@@ -234,10 +242,13 @@ class FeatureTable:
     """Features of chosen rows, cut into float32 batches on a device.
 
     They are held on the device if they fit into half of its free memory, otherwise in host memory
-    if they fit into half of that, otherwise every batch is read from the cache's mapped files.
+    if they fit into half of that, otherwise every batch is read from the cache's mapped files. Int8
+    tokens are held as such, with their scales; a batch of them becomes float32 on the device.
 
     Attributes:
         held: "device", "memory" or "files".
+        data: (n, ...) what is held, as it is stored; None for "files".
+        scales: (n, ...) of int8 tokens, else None.
         num_views: V; 1 = no view axis.
     """
 
@@ -254,19 +265,22 @@ class FeatureTable:
         """
         self.array, self.rows, self.device = array, rows, device
         self.num_views = array.num_views
-        row_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
-        total = len(rows) * row_bytes
+        stored = [array.codes, array.scales] if isinstance(array, QuantizedArray) else [array]
+        total = len(rows) * sum(part.row_bytes for part in stored)
         fits = total <= _free_memory(torch.device("cpu")) // 2
         self.data: Tensor | None = None
+        self.scales: Tensor | None = None
         self.held: Literal["device", "memory", "files"] = "files"
         if fits:
-            self.data = torch.from_numpy(array.read(rows))
+            held = [torch.from_numpy(part.read(rows)) for part in stored]
             self.held = "memory"
-            self._require_finite(self.data)
+            self._require_finite(held[-1])  # a token of NaN has the scale NaN
             if device.type != "cpu" and total <= _free_memory(device) // 2:
-                self.data = self.data.to(device)
-            if device.type == self.data.device.type:
+                held = [part.to(device) for part in held]
+            if device.type == held[0].device.type:
                 self.held = "device"
+            self.data = held[0]
+            self.scales = held[1] if len(held) > 1 else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -286,30 +300,37 @@ class FeatureTable:
         if self.data is None:
             read = torch.from_numpy(self.array.take(self.rows[index.cpu().numpy()]))
             self._require_finite(read)
-            part = read
-        else:
-            part = self.data.index_select(0, index.to(self.data.device))
-        if self.num_views > 1:
-            if views is None:
-                part = part[:, 0]
-            else:
-                own = torch.arange(len(part), device=part.device)
-                part = part[own, views.to(part.device)]
-        return part.to(self.device).float()
+            return self._one_view(read, views).to(self.device).float()
+        index = index.to(self.data.device)
+        part = self._one_view(self.data.index_select(0, index), views).to(self.device).float()
+        if self.scales is not None:
+            scales = self._one_view(self.scales.index_select(0, index), views)
+            part.mul_(scales.to(self.device)[..., None])
+        return part
+
+    def _one_view(self, part: Tensor, views: Tensor | None) -> Tensor:
+        """The view of each row that `views` names, or the plain one."""
+        if self.num_views == 1:
+            return part
+        if views is None:
+            return part[:, 0]
+        own = torch.arange(len(part), device=part.device)
+        return part[own, views.to(part.device)]
 
     def slice(self, start: int, stop: int) -> Tensor:
         """(stop − start, ...) float32 plain features of consecutive rows."""
-        if self.data is None:
+        if self.data is None or self.scales is not None:
             return self.batch(torch.arange(start, min(stop, len(self))))
-        part = self.data[start:stop]
-        return (part[:, 0] if self.num_views > 1 else part).to(self.device).float()
+        return self._one_view(self.data[start:stop], None).to(self.device).float()
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """(D,) float32 mean and standard deviation of each column, over rows (and tokens)."""
         total = torch.zeros(self.feature_dim, dtype=torch.float64, device=self.device)
         squares, count, shift = torch.zeros_like(total), 0, None
-        for start in range(0, len(self), _SCAN_ROWS):
-            part = self.slice(start, start + _SCAN_ROWS).flatten(0, -2)
+        row_values = int(np.prod(self.array.shape[1:])) // self.num_views
+        step = max(1, min(_SCAN_ROWS, _SCAN_VALUES // row_values))
+        for start in range(0, len(self), step):
+            part = self.slice(start, start + step).flatten(0, -2)
             if shift is None:
                 shift = part.mean(0)  # near the mean, or squares would cancel
             part = part - shift

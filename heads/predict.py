@@ -22,6 +22,7 @@ from featcache.identity import Identity, differences
 from featcache.images import Views
 from featcache.pipeline import BatchReader, ImageSource
 from featcache.precision import resolve_device
+from featcache.quantize import as_stored
 from featcache.reader import Cache, open_cache
 from featcache.row_block import RowBlock
 from featcache.submission import (
@@ -225,19 +226,12 @@ def predict_images(
     identity = Identity.model_validate(run.record["identity"])
     backbone = open_backbone(run, device)
     pixels = identity.preprocess
-    spec = PixelSpec(
-        pixels.size,
-        pixels.mean,
-        pixels.std,
-        pixels.interpolation,
-        pixels.resize_mode,
-        pixels.fill_color,
-    )
+    spec = PixelSpec.of(pixels)
     transform = backbone.reference_transform() if pixels.mode == "reference" else None
     source = ImageSource(root, spec, pixels.mode, Views(), transform)
     name = str(run.record["feature"]).removeprefix("image/")
     request = feature_request(name, identity)
-    dtype = getattr(torch, identity.features.storage_dtype)
+    dtype = identity.features.dtype_of(name)
     bad: list[Unreadable] = []
     good: list[str] = []
 
@@ -255,7 +249,8 @@ def predict_images(
             progress.show(f"{batch.stop:,} of {len(files):,} images")
             index = torch.tensor([row - batch.start for row in kept], dtype=torch.int64)
             # Through the storage type: the head sees what the cache would have held.
-            yield encoded[index.to(encoded.device)].to(dtype).float().to(device)
+            stored = as_stored(encoded[index.to(encoded.device)].cpu().numpy(), dtype)
+            yield torch.from_numpy(stored).to(device)
 
     # `good` fills up while the scores are drawn.
     frame = _frame(run, good, good, _scores(run, features()), top_k, threshold)
@@ -295,13 +290,14 @@ def feature_request(name: str, identity: Identity) -> FeatureRequest:
         name: projected, pooled or tokens.
         identity: of the cache.
     """
-    tokens = identity.features.tokens
+    features = identity.features
     return FeatureRequest(
         projected=name == "projected",
         pooled=name == "pooled",
         tokens=name == "tokens",
-        token_pool=int(tokens.removeprefix("grid:")) if tokens.startswith("grid:") else None,
-        token_layer=identity.features.token_layer,
+        token_pool=features.token_pool,
+        token_layer=features.token_layer,
+        before_last=features.before_last,
     )
 
 

@@ -267,6 +267,8 @@ class BackboneConfig(Config):
 
     default_text_policy: ClassVar[str] = "raw"
     """How captions enter the text tower unless `features.text_policy` says otherwise."""
+    image_only: ClassVar[bool] = False
+    """True for kinds without a text tower, and so without a projection into a shared space."""
 
     kind: str
     """Backbone kind."""

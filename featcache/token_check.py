@@ -1,0 +1,56 @@
+"""What the storage type of a cache's tokens costs, measured on the first images before writing."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.backbones.base import Backbone, FeatureRequest
+from featcache.identity import FeatureIdentity
+from featcache.quantize import TokenError, as_stored, measure, smallest_cosine
+
+
+def token_error(
+    backbone: Backbone,
+    features: FeatureIdentity,
+    samples: Iterator[tuple[Tensor, list[int]]],
+) -> TokenError | None:
+    """The error of stored tokens against the encoder's own.
+
+    Args:
+        backbone: the encoder.
+        features: what the cache will hold.
+        samples: pixels (B, 3, H, W) and the positions in the batch that are images; the first pair
+            is used.
+
+    Returns:
+        None where there is nothing to say: float16 or float32 patch tokens, no readable image, or
+        tokens that do not fit the type at all, which the extraction will stop at.
+    """
+    dtype, last = features.token_dtype, features.before_last
+    if dtype is None or dtype == "float32" or (dtype == "float16" and not last):
+        return None
+    sample = next(samples, None)
+    if sample is None:
+        return None
+    pixels, positions = sample
+    spec = backbone.spec
+    request = FeatureRequest(
+        projected=spec.projected_dim > 0,
+        pooled=spec.projected_dim == 0,
+        tokens=True,
+        token_pool=features.token_pool,
+        token_layer=features.token_layer,
+        before_last=last,
+    )
+    encoded = {name: t[positions] for name, t in backbone.encode_image(pixels, request).items()}
+    tokens = encoded["tokens"].cpu().numpy()
+    limit = np.finfo(np.float32 if dtype == "int8" else dtype).max
+    if not np.abs(tokens).max() <= limit:
+        return None
+    if not last:
+        return measure(tokens, dtype)
+    finished = backbone.finish_from(torch.from_numpy(as_stored(tokens, dtype)), last)
+    direct = encoded["projected" if request.projected else "pooled"]
+    return measure(tokens, dtype, smallest_cosine(finished.cpu().numpy(), direct.cpu().numpy()))

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
-from featcache.quantize import SCALE
+from featcache.quantize import SCALE, TokenError
 from featcache.reader import Cache, open_cache
 
 SHOWN_REASONS = 5
@@ -77,6 +77,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "num_invalid": len(invalid),
         "invalid": invalid,
         "arrays": arrays,
+        "token_error": cache.attributes.get("token_error"),
         "shards": {
             kind: {"done": len(reports[kind]), "total": len(cache.store.shards(kind))}
             for kind in ("image", "text")
@@ -114,6 +115,8 @@ def _text(found: dict[str, Any]) -> str:
     for name, array in found["arrays"].items():
         shape = " x ".join(map(str, array["shape"]))
         lines.append(f"  {name:<16} {shape} {array['dtype']}, {human_bytes(array['num_bytes'])}")
+    if found["token_error"] is not None:
+        lines.append(f"  {TokenError(**found['token_error'])}")
     lines.append("splits")
     for name, counts in found["splits"].items():
         lines.append(

@@ -185,7 +185,8 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], side: int | None) -> Tens
     """
     if side is None:
         return tokens
-    cells = tokens.to(torch.float32).transpose(1, 2).unflatten(2, grid)
+    cells = tokens.to(torch.float32).transpose(1, 2)
+    cells = cells.reshape(*cells.shape[:2], *grid)
     return nn.functional.adaptive_avg_pool2d(cells, side).flatten(2).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Chunk files of a Zarr v3 array on a local disk: where they lie, how they are written and checked.
+"""Chunk files of a Zarr v3 array: where they lie, how they are written and checked.
 
 An uncompressed whole-row chunk is the rows' bytes; the crc32c codec adds 4 bytes at the end. So a
 chunk can be written with one `write`, checked without decoding, and read by mapping the file.
@@ -7,10 +7,10 @@ chunk can be written with one `write`, checked without decoding, and read by map
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -30,18 +30,39 @@ Content = bytes | npt.NDArray[np.uint8]
 _FIXED_DTYPES = ("bool", "int8", "uint8", "uint64", "int32", "int64", "float16", "float32")
 
 
+class Remote(Protocol):
+    """The object store that an array's files are kept in, and mirrored from; see `Mirror`."""
+
+    def where(self, key: str) -> str:
+        """An object's address, for messages."""
+
+    def read(self, key: str) -> bytes:
+        """An object; FileNotFoundError if there is none."""
+
+    def put(self, key: str, *parts: Content) -> None:
+        """Hands an object over for upload."""
+
+    def keys(self, folder: str) -> set[str]:
+        """Keys of all objects in a folder."""
+
+    def fetch(self, files: "ArrayFiles", chunks: Sequence[int], verify: bool) -> None:
+        """Brings chunk files to the local disk that are not there yet, or differ."""
+
+
 @dataclass(frozen=True)
 class ArrayFiles:
     """An array's metadata and the names of its chunk files.
 
     Attributes:
-        folder: the array's folder, holding `zarr.json` and `c/`.
+        folder: the array's folder on this disk, holding `zarr.json` and `c/`.
         shape: (rows, ...).
         dtype: little-endian type; None for strings.
         chunk_rows: rows of a chunk; the last chunk is filled up.
         checksummed: whether chunk files end with a crc32c.
         raw: whether a chunk file is the rows' bytes (and the crc32c) and nothing else.
         attributes: the array's own attributes.
+        name: the array's name in its group.
+        remote: the store that keeps the files, of which `folder` is a mirror; None = this disk.
     """
 
     folder: Path
@@ -51,19 +72,30 @@ class ArrayFiles:
     checksummed: bool
     raw: bool
     attributes: Mapping[str, Any]
+    name: str = ""
+    remote: Remote | None = None
 
     @classmethod
-    def open(cls, root: Path, name: str) -> "ArrayFiles":
-        """The array `name` of the store at `root`.
+    def open(cls, root: Path, name: str, remote: Remote | None = None) -> "ArrayFiles":
+        """The array `name` of the store at `root`, or of the store that `root` mirrors.
 
         Raises:
             CacheError: if there is no such array.
             CacheCorruptError: if its metadata are damaged.
         """
+        if remote is None:
+            return cls.described(root, name, read_sealed(root, name))
+        return cls.described(root, name, read_sealed_remote(remote, name), remote)
+
+    @classmethod
+    def described(
+        cls, root: Path, name: str, document: Mapping[str, Any], remote: Remote | None = None
+    ) -> "ArrayFiles":
+        """The array that a `zarr.json` describes; see `open`."""
         folder = root / name
-        document = read_sealed(root, name)
         if document.get("node_type") != "array":
-            raise CacheError(f"{folder}: expected an array, found a {document.get('node_type')}")
+            place = folder if remote is None else remote.where(name)
+            raise CacheError(f"{place}: expected an array, found a {document.get('node_type')}")
         shape = tuple(document["shape"])
         chunk_shape = tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
         codecs = [codec["name"] for codec in document["codecs"]]
@@ -82,6 +114,8 @@ class ArrayFiles:
             and document["chunk_key_encoding"]
             in ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}),
             attributes={k: v for k, v in document["attributes"].items() if k != SEAL},
+            name=name,
+            remote=remote,
         )
 
     @property
@@ -101,8 +135,37 @@ class ArrayFiles:
         return self.row_bytes * self.chunk_rows
 
     def file(self, chunk: int) -> Path:
-        """Chunk file number `chunk`."""
+        """Chunk file number `chunk`; of an array in a store it is there after `fetch`."""
         return self.folder.joinpath("c", str(chunk), *["0"] * (len(self.shape) - 1))
+
+    def key(self, chunk: int) -> str:
+        """Key of a chunk in the group."""
+        return "/".join([self.name, "c", str(chunk), *["0"] * (len(self.shape) - 1)])
+
+    def where(self, chunk: int) -> str:
+        """Where a chunk is kept, for messages."""
+        return str(self.file(chunk)) if self.remote is None else self.remote.where(self.key(chunk))
+
+    def present(self, chunks: Sequence[int] | None = None) -> list[int]:
+        """Numbers of the chunks that are kept, of those given or of all."""
+        chunks = range(self.num_chunks) if chunks is None else chunks
+        if self.remote is None:
+            return [chunk for chunk in chunks if self.file(chunk).is_file()]
+        keys = self.remote.keys(f"{self.name}/c")
+        return [chunk for chunk in chunks if self.key(chunk) in keys]
+
+    def fetch(self, chunks: Sequence[int] | None = None, verify: bool = True) -> None:
+        """Brings chunk files to this disk; nothing to do where they are kept on it.
+
+        Args:
+            chunks: numbers; None = all.
+            verify: whether the checksums of files that are here already are verified.
+
+        Raises:
+            CacheCorruptError: naming an object that is missing or damaged.
+        """
+        if self.remote is not None:
+            self.remote.fetch(self, range(self.num_chunks) if chunks is None else chunks, verify)
 
     def chunks_of(self, start: int, stop: int) -> range:
         """Numbers of the chunks that hold the rows [start, stop)."""
@@ -138,10 +201,37 @@ class ArrayFiles:
                 padded = np.full((self.chunk_rows, *self.shape[1:]), fill, self.dtype)
                 padded[: len(block)] = block
                 block = padded
-            write_chunk(self.file(chunk), block.reshape(-1).view(np.uint8), self.checksummed)
+            self.write_content(chunk, block.reshape(-1).view(np.uint8))
+
+    def write_content(self, chunk: int, content: Content) -> None:
+        """Writes a chunk's encoded bytes; to a store, they are handed over for upload."""
+        if self.remote is None:
+            write_chunk(self.file(chunk), content, self.checksummed)
+        elif self.checksummed:
+            self.remote.put(self.key(chunk), content, checksum(content))
+        else:
+            self.remote.put(self.key(chunk), content)
+
+    def kept_problem(self, chunk: int) -> str | None:
+        """What is wrong with a chunk where it is kept, its name first; None if nothing is."""
+        if self.remote is None:
+            return self.problem(chunk)
+        try:
+            return self.content_problem(chunk, self.remote.read(self.key(chunk)))
+        except FileNotFoundError:
+            return f"{self.where(chunk)}: missing"
+
+    def content_problem(self, chunk: int, content: bytes) -> str | None:
+        """What is wrong with a whole chunk file's bytes; None if nothing is."""
+        problem = self._wrong_size(self.where(chunk), len(content))
+        if problem is not None or not self.checksummed:
+            return problem
+        if checksum(memoryview(content)[:-CHECKSUM_BYTES]) == content[-CHECKSUM_BYTES:]:
+            return None
+        return f"{self.where(chunk)}: checksum does not match the bytes"
 
     def problem(self, chunk: int, content: npt.NDArray[np.uint8] | None = None) -> str | None:
-        """What is wrong with a chunk file, its name first; None if nothing is.
+        """What is wrong with a chunk file on this disk, its name first; None if nothing is.
 
         Args:
             chunk: number of the chunk.
@@ -167,6 +257,9 @@ class ArrayFiles:
             size = file.stat().st_size
         except FileNotFoundError:
             return f"{file}: missing"
+        return self._wrong_size(str(file), size)
+
+    def _wrong_size(self, file: str, size: int) -> str | None:
         extra = CHECKSUM_BYTES if self.checksummed else 0
         if self.raw and size != self.data_bytes + extra:
             return f"{file}: {size} bytes, expected {self.data_bytes + extra}"
@@ -191,11 +284,16 @@ def require(problem: str | None) -> None:
         raise CacheCorruptError(f"{problem}; restore the file from a copy, or extract anew")
 
 
+def checksum(content: Content | memoryview) -> bytes:
+    """The crc32c that stands behind a chunk's bytes."""
+    return int(google_crc32c.value(content)).to_bytes(CHECKSUM_BYTES, "little")
+
+
 def write_chunk(file: Path, content: Content, checksummed: bool) -> None:
     """Writes one chunk file atomically, with its crc32c behind it when `checksummed`."""
     parts = [content]
     if checksummed:
-        parts.append(google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little"))
+        parts.append(checksum(content))
     make_folder(file.parent)
     write_file(file, *parts)
 
@@ -285,7 +383,30 @@ def read_sealed(root: Path, name: str) -> dict[str, Any]:
     try:
         raw = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(f"{file.parent}: no such array in this cache (no zarr.json)") from None
+        raise _no_array(file.parent) from None
+    return unsealed(raw, name, file)
+
+
+def read_sealed_remote(remote: Remote, name: str) -> dict[str, Any]:
+    """The `zarr.json` of a group or array in an object store; see `read_sealed`."""
+    key = f"{name}/zarr.json".strip("/")
+    try:
+        raw = remote.read(key)
+    except FileNotFoundError:
+        raise _no_array(remote.where(name)) from None
+    return unsealed(raw, name, remote.where(key))
+
+
+def _no_array(folder: object) -> CacheError:
+    return CacheError(f"{folder}: no such array in this cache (no zarr.json)")
+
+
+def unsealed(raw: bytes, name: str, file: object) -> dict[str, Any]:
+    """The `zarr.json` that `sealed` made; `file` is its place, for the message.
+
+    Raises:
+        CacheCorruptError: if a single byte differs from what was written.
+    """
     try:
         document = json.loads(raw)
         canonical_json(document)

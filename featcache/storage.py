@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from featcache.chunks import PARTIAL, Content, make_folder, write_file
+from featcache.chunks import Content, make_folder, write_file
 from featcache.errors import ConfigError
 
 SCHEME = "s3://"
@@ -224,9 +224,9 @@ class LocalFolder(Location):
         return Entry(key, found.st_size, str(found.st_mtime_ns))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """See `Location.list`; half-written files are left out."""
+        """See `Location.list`."""
         for file in sorted((self.url / prefix).rglob("*")):
-            if file.is_file() and not file.name.endswith(PARTIAL):
+            if not file.is_dir():
                 found = self.entry(file.relative_to(self.url).as_posix())
                 if found is not None:
                     yield found

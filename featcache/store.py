@@ -9,7 +9,8 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -33,37 +34,53 @@ from featcache.chunks import (
     ArrayFiles,
     make_folder,
     read_sealed,
+    read_sealed_remote,
     require,
     sealed,
     sync_folder,
-    write_chunk,
+    unsealed,
     write_file,
 )
 from featcache.errors import CacheCorruptError, CacheError
 from featcache.identity import Identity, ListHash
 from featcache.lock import writer_lock
 from featcache.manifest import class_hash, rows_hash
+from featcache.mirror import PARALLEL, Mirror
+from featcache.storage import StoreUrl, Where, locate, place
 from featcache.tables import ArrayPlan, fill_value, read_strings, write_array
 
+_HOW = "python -m featcache.extract writes one"
 _SPARE_BYTES = 64 << 20
 """Room that has to stay free beyond what the plan needs."""
 
 
-def open_store(location: str | Path, name: str = "") -> Any:
-    """The Zarr group or array `name` at a location: the one place that knows about storage."""
+def open_store(location: Where, name: str = "") -> Any:
+    """The Zarr group or array `name` at a path or `s3://bucket/prefix`, as zarr opens it."""
     import zarr  # a quarter of a second, and mapped arrays never need it
 
-    return zarr.open(str(location), mode="r", path=name or None, zarr_format=3)
+    found = place(location)
+    if isinstance(found, StoreUrl):
+        from featcache.object_store import ObjectFolder
+
+        store: Any = ObjectFolder(found).zarr_store()
+    else:
+        store = str(found)
+    return zarr.open(store, mode="r", path=name or None, zarr_format=3)
 
 
-def create(path: str | Path, plan: CachePlan) -> "Store":
+def create(path: Where, plan: CachePlan) -> "Store":
     """A new cache without features, opened for writing; it appears at `path` whole or not at all.
 
     Raises:
         CacheError: if `path` exists, or the disk has too little room.
     """
-    path = Path(path)
+    path = place(path)
     check_plan(plan)
+    if isinstance(path, StoreUrl):
+        from featcache.remote_cache import create_remote
+
+        create_remote(path, plan)
+        return Store.open(path, write=True)
     if path.exists():
         raise CacheError(f"{path}: exists already; open it to resume, or delete it to start anew")
     make_folder(path.parent)
@@ -86,29 +103,45 @@ def create(path: str | Path, plan: CachePlan) -> "Store":
 
 @dataclass
 class Store:
-    """A cache on a local disk.
+    """A cache on a local disk, or in an object store.
 
     Attributes:
         path: its folder.
         attributes: the group's attributes, see `create`.
         writable: whether it was opened for writing.
+        mirror: what of a store's cache is on this disk; None for a local cache.
     """
 
-    path: Path
+    path: Path | StoreUrl
     attributes: dict[str, Any]
     writable: bool = False
+    mirror: Mirror | None = None
     _arrays: dict[str, ArrayFiles] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path, write: bool = False) -> "Store":
+    def open(cls, path: Where, write: bool = False) -> "Store":
         """The cache at `path`; to write, hold its `lock` too.
 
         Raises:
             CacheError: if there is no cache, or one of another format.
             CacheCorruptError: if its metadata are damaged.
         """
-        path = Path(path)
+        path = place(path)
+        if isinstance(path, StoreUrl):
+            raw = _read_root(path)
+            attributes = _checked_attributes(raw, str(path))
+            mirror = Mirror(locate(path), attributes["fingerprint"])
+            mirror.keep_root(raw)
+            return cls(path, attributes, write, mirror)
         return cls(path, _read_attributes(path), write)
+
+    @property
+    def folder(self) -> Path:
+        """The cache's folder on this disk; of a cache in a store, the mirror's."""
+        if self.mirror is not None:
+            return self.mirror.folder
+        assert isinstance(self.path, Path)
+        return self.path
 
     @property
     def identity(self) -> Identity:
@@ -131,12 +164,14 @@ class Store:
 
     def has(self, name: str) -> bool:
         """Whether there is an array of that name."""
-        return (self.path / name / "c").is_dir() or (self.path / name / "zarr.json").is_file()
+        if self.mirror is not None:
+            return name in self._arrays or self.mirror.origin.exists(f"{name}/zarr.json")
+        return (self.folder / name / "c").is_dir() or (self.folder / name / "zarr.json").is_file()
 
     def files(self, name: str) -> ArrayFiles:
         """Metadata and chunk files of an array."""
         if name not in self._arrays:
-            self._arrays[name] = ArrayFiles.open(self.path, name)
+            self._arrays[name] = ArrayFiles.open(self.folder, name, self.mirror)
         return self._arrays[name]
 
     def read(self, name: str) -> npt.NDArray[Any]:
@@ -148,7 +183,7 @@ class Store:
         """
         files = self.files(name)
         try:
-            values = open_store(self.path, name)[...]
+            values = self.zarr_array(name)[...]
         except (ValueError, RuntimeError):  # what zarr's codecs raise for damaged bytes
             for chunk in range(files.num_chunks):
                 require(files.problem(chunk))
@@ -157,7 +192,10 @@ class Store:
 
     def zarr_array(self, name: str) -> Any:
         """An array as zarr opens it, for layouts that cannot be mapped."""
-        return open_store(self.path, name)
+        if self.mirror is not None:
+            self.mirror.keep_document(name)
+            self.files(name).fetch()
+        return open_store(self.folder, name)
 
     def lock(self) -> AbstractContextManager[None]:
         """Exclusive right to write, as a context manager; see `writer_lock`."""
@@ -165,6 +203,8 @@ class Store:
 
     def write_chunks(self, name: str, start_row: int, data: npt.NDArray[Any]) -> None:
         """Writes whole chunks of an array; they are on disk when this returns.
+
+        To a store they are handed over for upload, and stored when the shard is marked done.
 
         Args:
             name: array, e.g. `image/projected`.
@@ -176,6 +216,8 @@ class Store:
         """
         assert self.writable, f"{self.path} is open for reading"
         files = self.files(name)
+        if self.mirror is not None and name.startswith("rows/"):
+            self.mirror.flush()  # no row is declared valid before its features are stored
         files.write(start_row, data, fill_value(str(files.dtype)))
 
     def mark_done(self, shard: Shard, report: Mapping[str, Any]) -> None:
@@ -185,14 +227,23 @@ class Store:
             CacheError: naming a chunk file of the shard that is not there.
         """
         assert self.writable, f"{self.path} is open for reading"
-        for file in self._shard_files(shard):
-            if not file.is_file():
-                raise CacheError(f"{file}: missing, so shard {shard.key} cannot be marked done")
-        files = self.files(f"shards/{shard.kind}")
+        if self.mirror is not None:
+            self.mirror.flush()
+        for name in self.attributes["arrays"][shard.kind]:
+            files = self.files(name)
+            needed = files.chunks_of(shard.start, shard.stop)
+            missing = sorted(set(needed) - set(files.present(needed)))
+            if missing:
+                raise CacheError(
+                    f"{files.where(missing[0])}: missing, so shard {shard.key} cannot be "
+                    "marked done"
+                )
         text = json.dumps(dict(report), ensure_ascii=False).encode()
         # vlen-utf8 with one string: number of strings, length in bytes, bytes.
         header = np.array([1, len(text)], "<u4").tobytes()
-        write_chunk(files.file(shard.index), header + text, checksummed=True)
+        self.files(f"shards/{shard.kind}").write_content(shard.index, header + text)
+        if self.mirror is not None:
+            self.mirror.flush()
 
     def reports(self, kind: ShardKind) -> dict[int, dict[str, Any]]:
         """Reports of the shards that are done, by index.
@@ -202,12 +253,11 @@ class Store:
         """
         files = self.files(f"shards/{kind}")
         found: dict[int, dict[str, Any]] = {}
-        for index in range(files.num_chunks):
-            file = files.file(index)
-            if not file.is_file():
-                continue
+        here = files.present()
+        files.fetch(here)
+        for index in here:
             require(files.problem(index))
-            found[index] = json.loads(file.read_bytes()[8:-CHECKSUM_BYTES])
+            found[index] = json.loads(files.file(index).read_bytes()[8:-CHECKSUM_BYTES])
         return found
 
     def pending(self) -> list[Shard]:
@@ -221,10 +271,20 @@ class Store:
     def update_attributes(self, **values: Any) -> None:
         """Changes attributes of the group, atomically."""
         assert self.writable, f"{self.path} is open for reading"
-        document = read_sealed(self.path, "")
+        document = (
+            read_sealed(self.folder, "")
+            if self.mirror is None
+            else read_sealed_remote(self.mirror, "")
+        )
         self.attributes = {**document["attributes"]["featcache"], **values}
         document["attributes"]["featcache"] = self.attributes
-        write_file(self.path / "zarr.json", sealed("", document))
+        raw = sealed("", document)
+        if self.mirror is None:
+            write_file(self.folder / "zarr.json", raw)
+            return
+        self.mirror.put("zarr.json", raw)
+        self.mirror.flush()
+        self.mirror.keep_root(raw)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Declares the cache complete.
@@ -258,33 +318,34 @@ class Store:
         """
         if self.has(name):
             return
-        building = self.path.with_name(f"{self.path.name}{PARTIAL}-{secrets.token_hex(4)}")
+        target = self.folder / name
+        building = self.folder.with_name(f"{self.folder.name}{PARTIAL}-{secrets.token_hex(4)}")
         row_bytes = max(1, data.nbytes // max(1, len(data)))
         try:
             write_array(building, name, data, max(1, (64 << 20) // row_bytes), attributes)
+            if self.mirror is not None:
+                from featcache.remote_cache import add_array
+
+                add_array(self.mirror.origin, building, name)
+                return
             try:
-                (building / name).rename(self.path / name)
+                (building / name).rename(target)
             except OSError:
                 if not self.has(name):
                     raise
-            sync_folder((self.path / name).parent)
+            sync_folder(target.parent)
         except OSError as error:
-            raise CacheError(f"{self.path / name}: cannot be written ({error.strerror})") from error
+            raise CacheError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
-    def _shard_files(self, shard: Shard) -> Iterator[Path]:
-        for name in self.attributes["arrays"][shard.kind]:
-            files = self.files(name)
-            for chunk in files.chunks_of(shard.start, shard.stop):
-                yield files.file(chunk)
 
-
-def verify(path: str | Path, progress: Callable[[str, int], None] | None = None) -> list[str]:
+def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> list[str]:
     """Everything that is wrong with a cache's files, one line each, the file's name first.
 
     Looks at every chunk's size and checksum, chunks that a done shard or a table lacks, the seal of
-    every `zarr.json`, the fingerprint, the tables' hashes, and files that do not belong there.
+    every `zarr.json`, the fingerprint, the tables' hashes, and files that do not belong there. Of a
+    cache in a store every object is read; its mirror is not looked at.
 
     Args:
         path: the cache.
@@ -293,45 +354,58 @@ def verify(path: str | Path, progress: Callable[[str, int], None] | None = None)
     Raises:
         CacheError: if there is no cache at `path`.
     """
-    path = Path(path)
+    path = place(path)
     found: list[str] = []
     store: Store | None = None
     try:
         store = Store.open(path)
     except CacheCorruptError as error:  # the arrays below can still be checked
         found.append(str(error))
-    known = {path / "zarr.json"}
+    remote = None
+    if isinstance(path, StoreUrl):
+        remote = (store and store.mirror) or Mirror(locate(path), "damaged")
+    sizes = {entry.key: entry.size for entry in locate(path).list()}
+    known = {"zarr.json"}
     expected = _expected_names(store.attributes) if store is not None else set()
-    on_disk = {str(file.parent.relative_to(path)) for file in path.rglob("zarr.json")} - {"."}
-    for name in sorted(expected | on_disk):
-        known.add(path / name / "zarr.json")
-        try:
-            if read_sealed(path, name).get("node_type") == "group":
+    documents = {key.removesuffix("/zarr.json") for key in sizes if key.endswith("/zarr.json")}
+    with ExitStack() as resources:
+        each: Callable[..., Any] = map
+        if remote is not None:
+            each = resources.enter_context(ThreadPoolExecutor(PARALLEL)).map
+        for name in sorted(expected | documents):
+            known.add(f"{name}/zarr.json")
+            try:
+                document = _read_document(path, name, remote)
+                if document.get("node_type") == "group":
+                    continue
+                folder = path if isinstance(path, Path) else Path()
+                files = ArrayFiles.described(folder, name, document, remote)
+                needed = _needed_chunks(store, name, files, sizes) if store is not None else set()
+            except (CacheError, CacheCorruptError) as error:
+                found.append(str(error))
+                known.update(key for key in sizes if key.startswith(f"{name}/c/"))
                 continue
-            files = ArrayFiles.open(path, name)
-            needed = _needed_chunks(store, name, files) if store is not None else set()
-        except (CacheError, CacheCorruptError) as error:
-            found.append(str(error))
-            known.update((path / name / "c").rglob("*"))
-            continue
-        for chunk in range(files.num_chunks):
-            file = files.file(chunk)
-            known.add(file)
-            if chunk not in needed and not file.exists():
-                continue
-            problem = files.problem(chunk)
-            if problem is not None:
-                found.append(problem)
-            elif progress is not None:
-                progress(name, file.stat().st_size)
+            chunks = [c for c in range(files.num_chunks) if c in needed or files.key(c) in sizes]
+            known.update(files.key(chunk) for chunk in chunks)
+            for chunk, problem in zip(chunks, each(files.kept_problem, chunks), strict=True):
+                if problem is not None:
+                    found.append(problem)
+                elif progress is not None:
+                    progress(name, sizes[files.key(chunk)])
     if store is not None and not found:
         found += _table_problems(store)
-    for file in sorted(path.rglob("*")):
-        if not file.is_dir() and file not in known:
-            half = file.name.endswith(PARTIAL)
-            what = "left by a killed writer, the next one removes it" if half else "foreign file"
-            found.append(f"{file}: {what}")
+    for key in sorted(set(sizes) - known):
+        half = key.endswith(PARTIAL)
+        what = "left by a killed writer, the next one removes it" if half else "foreign file"
+        found.append(f"{path / key}: {what}")
     return found
+
+
+def _read_document(path: Path | StoreUrl, name: str, remote: Mirror | None) -> dict[str, Any]:
+    if remote is not None:
+        return read_sealed_remote(remote, name)
+    assert isinstance(path, Path)
+    return read_sealed(path, name)
 
 
 def _expected_names(attributes: Mapping[str, Any]) -> set[str]:
@@ -341,14 +415,16 @@ def _expected_names(attributes: Mapping[str, Any]) -> set[str]:
     return groups | arrays | {f"shards/{kind}" for kind in kinds}
 
 
-def _needed_chunks(store: "Store", name: str, files: ArrayFiles) -> set[int]:
+def _needed_chunks(
+    store: "Store", name: str, files: ArrayFiles, sizes: Mapping[str, int]
+) -> set[int]:
     """Chunks that have to be there: those of done shards, and all of every other array."""
     for kind in get_args(ShardKind):
         if name == f"shards/{kind}" and not store.complete:
             return set()
         if name in store.attributes["arrays"][kind]:
-            marks = store.path / "shards" / kind / "c"  # damage in there is reported once, there
-            done = [shard for shard in store.shards(kind) if (marks / str(shard.index)).exists()]
+            marks = f"shards/{kind}/c"  # damage in there is reported once, there
+            done = [shard for shard in store.shards(kind) if f"{marks}/{shard.index}" in sizes]
             return {c for shard in done for c in files.chunks_of(shard.start, shard.stop)}
     return set(range(files.num_chunks))
 
@@ -368,27 +444,39 @@ def _table_problems(store: "Store") -> Iterator[str]:
 
 
 def _read_attributes(path: Path) -> dict[str, Any]:
-    how = "python -m featcache.extract writes one"
     if not path.exists():
-        raise CacheError(f"{path}: no such cache; {how}")
+        raise CacheError(f"{path}: no such cache; {_HOW}")
     file = path / "zarr.json"
     if not file.is_file():
         old = (path / ".zgroup").exists() or (path / ".zarray").exists()
         what = "a Zarr v2 store" if old else "no zarr.json in it"
-        raise CacheError(f"{path}: not a feature cache ({what}); {how}")
+        raise CacheError(f"{path}: not a feature cache ({what}); {_HOW}")
+    return _checked_attributes(file.read_bytes(), str(path))
+
+
+def _read_root(path: StoreUrl) -> bytes:
     try:
-        attributes = json.loads(file.read_bytes())["attributes"]
+        return locate(path).read("zarr.json")
+    except FileNotFoundError:
+        raise CacheError(f"{path}: no such cache (no zarr.json there); {_HOW}") from None
+
+
+def _checked_attributes(raw: bytes, path: str) -> dict[str, Any]:
+    """The group's attributes out of its `zarr.json`; `path` is for messages."""
+    file = f"{path}/zarr.json"
+    try:
+        attributes = json.loads(raw)["attributes"]
         found = attributes.get("featcache")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CacheCorruptError(f"{file}: not the JSON of a Zarr v3 group") from None
     if not isinstance(found, dict):
-        raise CacheError(f"{path}: a Zarr store, but not a feature cache; {how}")
+        raise CacheError(f"{path}: a Zarr store, but not a feature cache; {_HOW}")
     if found.get("format") != FORMAT:
         raise CacheError(
             f"{path}: cache format {found.get('format')!r}, this version reads {FORMAT}; "
             "extract it anew, or use the version that wrote it"
         )
-    attributes = read_sealed(path, "")["attributes"]["featcache"]
+    attributes = unsealed(raw, "", file)["attributes"]["featcache"]
     try:
         identity = Identity.model_validate(attributes["identity"])
     except ValidationError as error:

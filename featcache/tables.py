@@ -156,6 +156,7 @@ def read_strings(files: ArrayFiles) -> Iterator[list[str]]:
     Raises:
         CacheCorruptError: naming a damaged file.
     """
+    files.fetch()
     for chunk in range(files.num_chunks):
         yield read_string_chunk(files, chunk)
 
@@ -166,6 +167,7 @@ def read_string_chunk(files: ArrayFiles, chunk: int) -> list[str]:
     Raises:
         CacheCorruptError: if the file is damaged.
     """
+    files.fetch([chunk])
     require(files.problem(chunk))
     data = files.file(chunk).read_bytes()
     num = min(files.chunk_rows, files.shape[0] - chunk * files.chunk_rows)

@@ -1,0 +1,325 @@
+"""Local copies of what is read from caches in object stores, and the job that tidies them up.
+
+    python -m featcache.mirror
+    python -m featcache.mirror --keep_gb 50
+    python -m featcache.mirror --clear
+
+A chunk is fetched once, checked, and then mapped like a local one. Each cache has a folder of its
+own for each fingerprint below `~/.cache/featcache` (`XDG_CACHE_HOME` and `FEATCACHE_MIRROR` move
+it). Nothing there is the only copy of anything.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+from pydantic import Field, NonNegativeFloat
+
+from featcache.cache_plan import human_bytes
+from featcache.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
+from featcache.config import Config, run_job
+from featcache.errors import CacheError
+from featcache.storage import Entry, Location
+
+PARALLEL = 12
+"""Downloads at a time; a single one does not fill a network."""
+_DOWNLOAD_BYTES = 512 << 20
+"""Bytes of all downloads under way together."""
+_SPARE_BYTES = 256 << 20
+_SHOWN_BYTES = 64 << 20
+"""Downloads from this size on are told of where no terminal shows their progress."""
+
+
+def mirror_root() -> Path:
+    """The folder that holds all mirrors on this machine."""
+    chosen = os.environ.get("FEATCACHE_MIRROR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "featcache"
+
+
+class Mirror:
+    """A cache in an object store, and the files of it that are on this disk.
+
+    Attributes:
+        origin: the cache's folder in the store.
+        fingerprint: what the cache held when it was opened.
+        folder: the files here: a cache in itself, as far as it has been fetched.
+    """
+
+    def __init__(self, origin: Location, fingerprint: str) -> None:
+        """Names the folder; nothing is read or made."""
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        place = xxhash.xxh3_64_hexdigest(f"{endpoint} {origin.url}".encode())
+        self.origin = origin
+        self.fingerprint = fingerprint
+        self.folder = mirror_root() / f"{origin.url.name}-{place}" / fingerprint
+        self._uploads: Any = None
+        self._root: Entry | None = None
+        self._here: set[str] = set()
+
+    def where(self, key: str) -> str:
+        """An object's address, for messages."""
+        return f"{self.origin.url}/{key}".rstrip("/")
+
+    def read(self, key: str) -> bytes:
+        """An object; FileNotFoundError if there is none."""
+        return self.origin.read(key)
+
+    def keys(self, folder: str) -> set[str]:
+        """Keys of all objects in a folder."""
+        return {entry.key for entry in self.origin.list(folder)}
+
+    def put(self, key: str, *parts: Content) -> None:
+        """Hands an object over for upload; see `flush`."""
+        from featcache.object_store import Uploads
+
+        if self._uploads is None:
+            self._uploads = Uploads(self.origin)
+        self._here.discard(key)
+        self._uploads.put(key, *parts)
+
+    def flush(self) -> None:
+        """Waits until all objects handed over are stored.
+
+        Raises:
+            StorageError: if one was not.
+        """
+        if self._uploads is not None:
+            self._uploads.flush()
+
+    def keep_root(self, raw: bytes) -> None:
+        """Puts the group's `zarr.json` into the mirror."""
+        file = self.folder / "zarr.json"
+        if not file.is_file() or file.read_bytes() != raw:
+            _place(file, raw)
+
+    def keep_document(self, name: str) -> None:
+        """Puts an array's `zarr.json` into the mirror, for zarr to read."""
+        key = f"{name}/zarr.json"
+        if key not in self._here or not (self.folder / key).is_file():
+            _place(self.folder / key, self.origin.read(key))
+            self._here.add(key)
+
+    def fetch(self, files: ArrayFiles, chunks: Sequence[int], verify: bool) -> None:
+        """Brings an array's chunk files here: those that are missing, outdated or damaged.
+
+        Raises:
+            CacheError: if the cache was replaced since it was opened, or the disk is too small.
+            CacheCorruptError: naming an object that is missing or damaged.
+        """
+        if all(files.key(c) in self._here and files.file(c).is_file() for c in chunks):
+            return
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder.with_name(f"{self.fingerprint}.lock")):
+            self._require_same()
+            held = {entry.key: entry for entry in self.origin.list(f"{files.name}/c")}
+            index = self.folder.with_name(f"{self.fingerprint}.versions") / f"{files.name}.json"
+            versions = _read_versions(index)
+            missing = []
+            for chunk in chunks:
+                entry = held.get(files.key(chunk))
+                if entry is None:
+                    require(f"{files.where(chunk)}: missing")
+                    continue
+                known = versions.get(entry.key) == [entry.size, entry.version]
+                if not known or not _is_whole(files, chunk, entry.size, verify):
+                    missing.append((chunk, entry))
+            try:
+                self._download(files, missing, versions)
+            finally:
+                if missing:
+                    _place(index, json.dumps(versions).encode())
+        os.utime(self.folder)
+        self._here.update(files.key(chunk) for chunk in chunks)
+
+    def _download(
+        self, files: ArrayFiles, missing: list[tuple[int, Entry]], versions: dict[str, Any]
+    ) -> None:
+        total = sum(entry.size for _, entry in missing)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if total + _SPARE_BYTES > free:
+            raise CacheError(
+                f"{self.folder}: {files.name} takes {human_bytes(total)} here, only "
+                f"{human_bytes(free)} are free; tidy up (python -m featcache.mirror), or set "
+                "FEATCACHE_MIRROR to another disk"
+            )
+        if not missing:
+            return
+        shown = _Download(f"fetching {self.where(files.name)}", total)
+        most = max(entry.size for _, entry in missing)
+        with ThreadPoolExecutor(max(1, min(PARALLEL, _DOWNLOAD_BYTES // max(1, most)))) as pool:
+            under_way = [
+                pool.submit(self._download_one, files, chunk, entry) for chunk, entry in missing
+            ]
+            try:
+                for task, (_, entry) in zip(under_way, missing, strict=True):
+                    task.result()
+                    versions[entry.key] = [entry.size, entry.version]
+                    shown.add(entry.size)
+            except BaseException:
+                for task in under_way:
+                    task.cancel()
+                raise
+            finally:
+                shown.close()
+
+    def _download_one(self, files: ArrayFiles, chunk: int, entry: Entry) -> None:
+        content = self.origin.read(entry.key)
+        if files.content_problem(chunk, content) is not None:  # damaged on its way, perhaps
+            content = self.origin.read(entry.key)
+            require(files.content_problem(chunk, content))
+        _place(files.file(chunk), content)
+
+    def _require_same(self) -> None:
+        """Checks that the cache still is the one that was opened: names alone do not tell."""
+        root = self.origin.entry("zarr.json")
+        if root == self._root and root is not None:
+            return
+        try:
+            document = unsealed(self.origin.read("zarr.json"), "", self.where("zarr.json"))
+            found = document["attributes"]["featcache"]["fingerprint"]
+        except FileNotFoundError:
+            found = None
+        if found != self.fingerprint:
+            raise CacheError(f"{self.origin.url}: updated while open; open it again")
+        self._root = root
+
+
+class _Download:
+    """One line on the terminal: bytes, rate and time left."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.began = time.perf_counter()
+        self.shown = 0.0
+
+    def add(self, num_bytes: int) -> None:
+        self.done += num_bytes
+        seconds = time.perf_counter() - self.began
+        if sys.stderr.isatty() and seconds - self.shown > 0.2:
+            self.shown = seconds
+            left = (self.total - self.done) * seconds / max(1, self.done)
+            line = f"{self.what}: {human_bytes(self.done)} of {human_bytes(self.total)}"
+            rate = human_bytes(self.done / seconds)
+            print(f"\r{line}, {rate}/s, {left:.0f} s left\033[K", end="", file=sys.stderr)
+
+    def close(self) -> None:
+        if sys.stderr.isatty() and self.shown:
+            print("\r\033[K", end="", file=sys.stderr)
+        elif self.done >= _SHOWN_BYTES:
+            seconds = time.perf_counter() - self.began
+            print(f"{self.what}: {human_bytes(self.done)} in {seconds:.1f} s", file=sys.stderr)
+
+
+def _place(file: Path, content: bytes) -> None:
+    """Puts a file in place whole; a mirror needs no waiting for the disk, it can be fetched again.
+
+    Raises:
+        CacheError: if the disk refuses.
+    """
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(file)
+    except OSError as error:
+        raise CacheError(
+            f"{file}: {error.strerror}; the mirror of a cache in a store needs this disk, "
+            "FEATCACHE_MIRROR names another one"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _is_whole(files: ArrayFiles, chunk: int, size: int, verify: bool) -> bool:
+    file = files.file(chunk)
+    if not file.is_file() or file.stat().st_size != size:
+        return False
+    return not verify or files.problem(chunk) is None
+
+
+def _read_versions(index: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(index.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return dict(found) if isinstance(found, dict) else {}
+
+
+class MirrorConfig(Config):
+    """Lists the local copies of caches in object stores, and deletes them if asked to."""
+
+    clear: bool = False
+    """Delete all of them; what is still needed is fetched again."""
+    keep_gb: NonNegativeFloat | None = Field(default=None)
+    """Delete the ones unused for longest until this many gigabytes are left; unset = keep all."""
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """The local copy of one cache.
+
+    Attributes:
+        folder: where it lies.
+        num_bytes: bytes on disk.
+        used: time of its last use, in seconds of the epoch.
+    """
+
+    folder: Path
+    num_bytes: int
+    used: float
+
+
+def run(config: MirrorConfig) -> list[Mirrored]:
+    """Prints and returns the mirrors that are left, most recently used first."""
+    limit = 0.0 if config.clear else config.keep_gb
+    kept, total = [], 0
+    for mirror in sorted(mirrors(), key=lambda mirror: -mirror.used):
+        total += mirror.num_bytes
+        size = human_bytes(mirror.num_bytes)
+        if limit is not None and total > limit * 1e9:
+            _delete(mirror.folder)
+            total -= mirror.num_bytes
+            print(f"deleted  {mirror.folder}  {size}")
+            continue
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(mirror.used))
+        print(f"{mirror.folder}  {size}, used {day}")
+        kept.append(mirror)
+    print(f"{mirror_root()}: {len(kept)} mirrors, {human_bytes(total)}")
+    return kept
+
+
+def mirrors() -> list[Mirrored]:
+    """The local copies on this machine."""
+    found = []
+    for root in mirror_root().glob("*/*/zarr.json"):
+        files = [file.stat() for file in root.parent.rglob("*") if file.is_file()]
+        size = sum(each.st_size for each in files)
+        found.append(Mirrored(root.parent, size, root.parent.stat().st_mtime))
+    return found
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a mirror; who has mapped its files keeps them."""
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        shutil.rmtree(folder.with_name(f"{folder.name}.versions"), ignore_errors=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    run_job(MirrorConfig, run)

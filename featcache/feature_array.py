@@ -59,6 +59,7 @@ class FeatureArray:
         self._files = files
         self._store = store
         present = _present_chunks(files, done)
+        files.fetch(np.flatnonzero(present).tolist(), verify)
         self.view = map_array(files) if present.all() and can_map(files) else None
         self.blocks: list[npt.NDArray[Any] | None] | None = None
         if self.view is None and files.raw and files.num_chunks <= MAX_FILES:
@@ -66,7 +67,7 @@ class FeatureArray:
                 map_chunks(files, range(chunk, chunk + 1)) if here else None
                 for chunk, here in enumerate(present)
             ]
-        if verify:
+        if verify and files.remote is None:  # what was fetched was verified on the way
             self._verify(present)
 
     def _verify(self, present: npt.NDArray[np.bool_]) -> None:

@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 
 from featcache.chunks import PARTIAL, make_folder
 from featcache.errors import CacheError
+from featcache.storage import StoreUrl, Where, place
 
 
 @contextmanager
-def writer_lock(path: str | Path) -> Iterator[None]:
+def writer_lock(path: Where) -> Iterator[None]:
     """Exclusive right to write the cache at `path`, which need not exist yet.
 
     What a killed writer left half-written is swept on entry.
@@ -24,7 +25,15 @@ def writer_lock(path: str | Path) -> Iterator[None]:
     Raises:
         CacheError: naming the process and host that hold it.
     """
-    path = Path(path)
+    path = place(path)
+    if isinstance(path, StoreUrl):
+        from featcache.lease import lease
+        from featcache.remote_cache import recover_remote
+
+        with lease(path):
+            recover_remote(path)
+            yield
+        return
     make_folder(path.parent)
     lock = FileLock(_lock_file(path), thread_local=False)
     holder = path.with_name(f"{path.name}.writer.json")

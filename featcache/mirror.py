@@ -30,7 +30,7 @@ from featcache.cache_plan import human_bytes
 from featcache.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
 from featcache.config import Config, run_job
 from featcache.errors import CacheError
-from featcache.storage import Entry, Location
+from featcache.storage import Entry, Location, StoreUrl
 
 PARALLEL = 12
 """Downloads at a time; a single one does not fill a network."""
@@ -96,9 +96,14 @@ class Mirror:
 
         Raises:
             StorageError: if one was not.
+            CacheError: if another process took over the right to write.
         """
+        from featcache.lease import require_kept
+
         if self._uploads is not None:
             self._uploads.flush()
+        assert isinstance(self.origin.url, StoreUrl)
+        require_kept(self.origin.url)
 
     def keep_root(self, raw: bytes) -> None:
         """Puts the group's `zarr.json` into the mirror."""

@@ -20,6 +20,7 @@ from featcache.identity import Identity, require_equal
 from featcache.manifest import Task
 from featcache.quantize import SCALE
 from featcache.quantized_array import QuantizedArray
+from featcache.storage import Where
 from featcache.store import Store
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def open_cache(
-    path: str | Path,
+    path: Where,
     expect: Identity | None = None,
     verify: bool = True,
     allow_incomplete: bool = False,
@@ -35,7 +36,7 @@ def open_cache(
     """A cache for reading.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or `s3://bucket/prefix`.
         expect: what the caller wants it to hold; None = anything.
         verify: whether an array's checksums are verified on its first use.
         allow_incomplete: whether a cache with missing shards may be read; `rows` then only gives

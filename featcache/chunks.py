@@ -45,6 +45,9 @@ class Remote(Protocol):
     def keys(self, folder: str) -> set[str]:
         """Keys of all objects in a folder."""
 
+    def keep_document(self, name: str, raw: bytes) -> None:
+        """Puts an array's `zarr.json` on the local disk too."""
+
     def fetch(self, files: "ArrayFiles", chunks: Sequence[int], verify: bool) -> None:
         """Brings chunk files to the local disk that are not there yet, or differ."""
 
@@ -85,7 +88,9 @@ class ArrayFiles:
         """
         if remote is None:
             return cls.described(root, name, read_sealed(root, name))
-        return cls.described(root, name, read_sealed_remote(remote, name), remote)
+        document = read_sealed_remote(remote, name)
+        remote.keep_document(name, sealed(name, document))
+        return cls.described(root, name, document, remote)
 
     @classmethod
     def described(
@@ -226,7 +231,10 @@ class ArrayFiles:
         problem = self._wrong_size(self.where(chunk), len(content))
         if problem is not None or not self.checksummed:
             return problem
-        if checksum(memoryview(content)[:-CHECKSUM_BYTES]) == content[-CHECKSUM_BYTES:]:
+        if (
+            checksum(np.frombuffer(content, np.uint8)[:-CHECKSUM_BYTES])
+            == content[-CHECKSUM_BYTES:]
+        ):
             return None
         return f"{self.where(chunk)}: checksum does not match the bytes"
 
@@ -284,7 +292,7 @@ def require(problem: str | None) -> None:
         raise CacheCorruptError(f"{problem}; restore the file from a copy, or extract anew")
 
 
-def checksum(content: Content | memoryview) -> bytes:
+def checksum(content: Content) -> bytes:
     """The crc32c that stands behind a chunk's bytes."""
     return int(google_crc32c.value(content)).to_bytes(CHECKSUM_BYTES, "little")
 

@@ -1,6 +1,6 @@
 """Class text features of a cache: encoded once by the cache's own backbone, then kept in it."""
 
-import os
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import Backbone
-from featcache.errors import CacheError, CacheMismatchError
+from featcache.errors import CacheError, CacheMismatchError, StorageDeniedError
 from featcache.identity import Precision, differences, fingerprint
 from featcache.prompts import format_prompts
 from featcache.reader import Cache
@@ -57,15 +57,16 @@ def class_text_features(
         require_backbone(cache, backbone)
         encoded = _encode(backbone, [texts for _, texts in missing.values()])
         features |= dict(zip(missing, encoded, strict=True))
-        if os.access(cache.path, os.W_OK) and os.access(cache.path.parent, os.W_OK):
-            for name, (template, _) in missing.items():
-                kept = {
-                    "template": template,
-                    "class_hash": cache.class_hash,
-                    "weights": cache.identity.backbone.weights,
-                    "precision": backbone.precision,
-                }
-                cache.store.put_array(name, features[name], kept)
+        if cache.store.may_add_arrays():
+            with contextlib.suppress(StorageDeniedError):
+                for name, (template, _) in missing.items():
+                    kept = {
+                        "template": template,
+                        "class_hash": cache.class_hash,
+                        "weights": cache.identity.backbone.weights,
+                        "precision": backbone.precision,
+                    }
+                    cache.store.put_array(name, features[name], kept)
     return np.stack([features[name] for name in names])
 
 

@@ -19,6 +19,7 @@ from featcache.config import Config, run_job
 from featcache.errors import CacheError
 from featcache.feature_array import FeatureArray
 from featcache.reader import Cache, open_cache
+from featcache.storage import CachePath
 
 BLOCK_BYTES = 64 << 20
 """Features in memory at a time; a row group of the parquet file holds as much."""
@@ -27,8 +28,8 @@ BLOCK_BYTES = 64 << 20
 class ExportConfig(Config):
     """Writes a cache as .npy files or as one parquet file."""
 
-    cache: Path
-    """Folder of the cache."""
+    cache: CachePath
+    """Folder of the cache, or s3://bucket/prefix."""
     format: Literal["numpy", "parquet"] = "parquet"
     """numpy = a folder of .npy files and tables; parquet = one file."""
     out: Path

@@ -7,7 +7,6 @@ not depend on interruptions, on the shard size or on the number of readers; they
 rounding, on the batch size, the number of threads and the processor.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -38,7 +37,15 @@ from featcache.manifest import Manifest
 from featcache.pipeline import BatchReader
 from featcache.precision import PrecisionChoice, open_checked, resolve_device
 from featcache.sharding import feature_arrays, kept_grid, shard_rows_for, shards_for
-from featcache.store import CachePlan, Shard, Store, create, writer_lock
+from featcache.store import (
+    CachePlan,
+    Shard,
+    Store,
+    cache_exists,
+    create,
+    delete_cache,
+    writer_lock,
+)
 from featcache.token_check import token_error
 
 __all__ = [
@@ -180,7 +187,7 @@ def _announced(
 
 def _existing(config: ExtractConfig) -> Store | None:
     """The cache that is already there; None if there is none, or none any more."""
-    if not config.cache.exists():
+    if not cache_exists(config.cache):
         return None
     if not config.restart:
         return Store.open(config.cache, write=True)
@@ -188,9 +195,7 @@ def _existing(config: ExtractConfig) -> Store | None:
         Store.open(config.cache)  # deletes caches only, not whatever a path happens to name
     except CacheCorruptError as error:
         print(f"restart: deleting a damaged cache ({error})")
-    doomed = config.cache.with_name(f"{config.cache.name}.partial-deleted")
-    config.cache.rename(doomed)
-    shutil.rmtree(doomed)
+    delete_cache(config.cache)
     return None
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -15,6 +14,7 @@ from featcache.errors import ConfigError
 from featcache.identity import Precision, StorageDtype, TokenDtype
 from featcache.images import PixelMode
 from featcache.precision import PrecisionChoice
+from featcache.storage import CachePath
 
 
 class FeatureOptions(Config):
@@ -76,8 +76,8 @@ class ExtractConfig(Config):
     """Images, labels, classes and captions; kind folder unless said otherwise."""
     backbone: AnyBackbone = Field(default=OpenClipConfig(), discriminator="kind")
     """Frozen encoder and its weights."""
-    cache: Path
-    """Folder of the cache: created, resumed, or found complete."""
+    cache: CachePath
+    """Folder of the cache, or s3://bucket/prefix: created, resumed, or found complete."""
     features: FeatureOptions = FeatureOptions()
     """What is kept."""
     views: ViewOptions = ViewOptions()

@@ -188,7 +188,7 @@ class Extraction:
     def _is_damaged(self, shard: Shard) -> bool:
         for name in self.store.attributes["arrays"][shard.kind]:
             files = self.store.files(name)
-            if any(files.problem(chunk) for chunk in files.chunks_of(shard.start, shard.stop)):
+            if any(files.kept_problem(chunk) for chunk in files.chunks_of(shard.start, shard.stop)):
                 return True
         return False
 

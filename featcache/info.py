@@ -4,7 +4,6 @@ python -m featcache.info --cache cache/inat2021
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -13,6 +12,7 @@ from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
 from featcache.quantize import SCALE, TokenError
 from featcache.reader import Cache, open_cache
+from featcache.storage import CachePath
 
 SHOWN_REASONS = 5
 
@@ -20,8 +20,8 @@ SHOWN_REASONS = 5
 class InfoConfig(Config):
     """Prints what a cache holds; unfinished ones too."""
 
-    cache: Path
-    """Folder of the cache."""
+    cache: CachePath
+    """Folder of the cache, or s3://bucket/prefix."""
     as_json: bool = Field(default=False, alias="json")
     """Print JSON instead of text."""
 

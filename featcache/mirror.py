@@ -105,18 +105,11 @@ class Mirror:
         assert isinstance(self.origin.url, StoreUrl)
         require_kept(self.origin.url)
 
-    def keep_root(self, raw: bytes) -> None:
-        """Puts the group's `zarr.json` into the mirror."""
-        file = self.folder / "zarr.json"
+    def keep_document(self, name: str, raw: bytes) -> None:
+        """Puts the `zarr.json` of an array, or of the group (""), into the mirror."""
+        file = self.folder / name / "zarr.json"
         if not file.is_file() or file.read_bytes() != raw:
             _place(file, raw)
-
-    def keep_document(self, name: str) -> None:
-        """Puts an array's `zarr.json` into the mirror, for zarr to read."""
-        key = f"{name}/zarr.json"
-        if key not in self._here or not (self.folder / key).is_file():
-            _place(self.folder / key, self.origin.read(key))
-            self._here.add(key)
 
     def fetch(self, files: ArrayFiles, chunks: Sequence[int], verify: bool) -> None:
         """Brings an array's chunk files here: those that are missing, outdated or damaged.

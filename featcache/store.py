@@ -6,6 +6,7 @@ process writes at a time, and every byte of every file is covered by a checksum.
 """
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -101,6 +102,23 @@ def create(path: Where, plan: CachePlan) -> "Store":
     return Store.open(path, write=True)
 
 
+def cache_exists(path: Path | StoreUrl) -> bool:
+    """Whether there is something at `path`: a folder, or a cache's root in a store."""
+    return path.exists() if isinstance(path, Path) else locate(path).exists("zarr.json")
+
+
+def delete_cache(path: Path | StoreUrl) -> None:
+    """Deletes a cache so that no half of it is ever found; only for who holds its lock."""
+    if isinstance(path, StoreUrl):
+        from featcache.remote_cache import delete_remote
+
+        delete_remote(path)
+        return
+    doomed = path.with_name(f"{path.name}{PARTIAL}-deleted")  # swept by the next writer
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 @dataclass
 class Store:
     """A cache on a local disk, or in an object store.
@@ -131,7 +149,7 @@ class Store:
             raw = _read_root(path)
             attributes = _checked_attributes(raw, str(path))
             mirror = Mirror(locate(path), attributes["fingerprint"])
-            mirror.keep_root(raw)
+            mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
         return cls(path, _read_attributes(path), write)
 
@@ -182,6 +200,7 @@ class Store:
             CacheCorruptError: naming the file whose checksum does not hold.
         """
         files = self.files(name)
+        files.fetch()
         try:
             values = self.zarr_array(name)[...]
         except (ValueError, RuntimeError):  # what zarr's codecs raise for damaged bytes
@@ -193,7 +212,8 @@ class Store:
     def zarr_array(self, name: str) -> Any:
         """An array as zarr opens it, for layouts that cannot be mapped."""
         if self.mirror is not None:
-            self.mirror.keep_document(name)
+            if not (self.folder / name / "zarr.json").is_file():  # the mirror was cleared
+                self._arrays.pop(name, None)
             self.files(name).fetch()
         return open_store(self.folder, name)
 
@@ -284,7 +304,7 @@ class Store:
             return
         self.mirror.put("zarr.json", raw)
         self.mirror.flush()
-        self.mirror.keep_root(raw)
+        self.mirror.keep_document("", raw)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Declares the cache complete.
@@ -303,6 +323,12 @@ class Store:
             )
         self.update_attributes(complete=True, summary=dict(summary))
 
+    def may_add_arrays(self) -> bool:
+        """Whether `put_array` can be expected to succeed; a store says so only when asked to."""
+        if isinstance(self.path, StoreUrl):
+            return True
+        return os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+
     def put_array(
         self, name: str, data: npt.NDArray[Any], attributes: Mapping[str, Any] | None = None
     ) -> None:
@@ -315,6 +341,7 @@ class Store:
 
         Raises:
             CacheError: if the cache cannot be written.
+            StorageDeniedError: if a store does not let us.
         """
         if self.has(name):
             return
@@ -499,7 +526,9 @@ __all__ = [
     "Shard",
     "ShardKind",
     "Store",
+    "cache_exists",
     "create",
+    "delete_cache",
     "open_store",
     "verify",
     "writer_lock",

@@ -28,13 +28,16 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             name: array with one row an image, e.g. `image/projected`.
             split: split name.
         """
-        self.path: Path = cache.path.resolve()
+        # Workers read a store's cache from its mirror: obstore does not survive a fork.
+        self.path: Path = cache.store.folder.resolve()
         self.name = name
         self.rows = cache.rows(split)
         self._identity = cache.identity
         self._complete = cache.complete
         self._cache: Cache | None = cache
         cache.row_array(name)
+        if cache.task != "unlabelled":
+            _ = cache.label_lists
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -6,19 +6,19 @@ python -m featcache.verify --cache cache/inat2021
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
 from featcache.errors import CacheCorruptError
+from featcache.storage import CachePath
 from featcache.store import verify
 
 
 class VerifyConfig(Config):
     """Checks all checksums of a cache; exit status 1 if a file is damaged, missing or foreign."""
 
-    cache: Path
-    """Folder of the cache."""
+    cache: CachePath
+    """Folder of the cache, or s3://bucket/prefix."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from featcache.datasets import AnyDataset
 from featcache.datasets.garden import GardenConfig
 from featcache.extract import ExtractConfig
 from featcache.pictures import contact_sheet
+from featcache.storage import CachePath
 from finetune import pretrain
 from finetune.pretrain import PretrainConfig
 from flows.train_heads import HeadTraining
@@ -40,7 +41,7 @@ class DemoConfig(Config):
     """Pictures with labels and captions."""
     backbone: Path = Path("backbones/garden")
     """Folder of the pretrained CLIP."""
-    cache: Path = Path("cache/garden")
+    cache: CachePath = Path("cache/garden")
     """Folder of the feature cache."""
     runs: Path = Path("runs/garden")
     """Folder of the heads' run folders and of the pictures."""

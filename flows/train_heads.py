@@ -10,7 +10,6 @@ from flows.server import run_flow, start_early
 if __name__ == "__main__":
     start_early()  # the server takes as long as the imports below
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, task
@@ -21,6 +20,7 @@ from pydantic import Field, create_model
 
 from featcache.config import Config
 from featcache.errors import UserError
+from featcache.storage import CachePath
 from flows.artifacts import Row, markdown_table, post_report
 from flows.outcomes import refused, worth_a_retry
 from heads import train
@@ -44,7 +44,7 @@ else:
 class TrainHeadsConfig(Config):
     """Train several heads on one feature cache and compare them."""
 
-    cache: Path
+    cache: CachePath
     """Feature cache that featcache.extract wrote."""
     heads: list[HeadTraining] = Field(default=[HeadTraining()], min_length=1)
     """Heads to train, in this order: the options of heads.train each."""
@@ -82,7 +82,7 @@ def train_head(kind: str, config: TrainConfig) -> Any:
 
 
 @flow(name="train-heads", flow_run_name="{cache}", persist_result=False)
-def train_heads(cache: Path, heads: list[HeadTraining]) -> State[Any]:
+def train_heads(cache: CachePath, heads: list[HeadTraining]) -> State[Any]:
     """Trains heads on one feature cache and compares them.
 
     Args:

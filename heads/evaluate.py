@@ -20,6 +20,7 @@ from featcache.errors import CacheMismatchError, ConfigError
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
 from featcache.shot_groups import BOUNDARIES, stated_groups
+from featcache.storage import CachePath, place
 from heads import metrics
 from heads.base import Head
 from heads.data import FeatureTable, Part, feature_array, has_labels, labelled_part, require_labels
@@ -55,7 +56,7 @@ class EvaluateConfig(Config):
 
     run: Path
     """Run folder that heads.train wrote."""
-    cache: Path | None = None
+    cache: CachePath | None = None
     """Cache to evaluate on; unset = the one it was trained on."""
     split: str | None = None
     """Split of the cache; unset = test if it has labels, otherwise val."""
@@ -194,7 +195,7 @@ def evaluate_run(
 def run(config: EvaluateConfig) -> Scores:
     """Evaluates, prints a table, and writes `metrics_<split>.json` and `classes_<split>.csv`."""
     loaded = load_run(config.run)
-    path = config.cache or Path(loaded.record["cache"]["path"])
+    path = config.cache or place(loaded.record["cache"]["path"])
     cache = open_cache(path)
     trained_on = loaded.record["cache"]["fingerprint"]
     if config.cache is None and cache.fingerprint != trained_on:

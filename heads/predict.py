@@ -25,6 +25,7 @@ from featcache.precision import resolve_device
 from featcache.quantize import as_stored
 from featcache.reader import Cache, open_cache
 from featcache.row_block import RowBlock
+from featcache.storage import CachePath
 from featcache.submission import (
     SEPARATOR,
     describe_empty,
@@ -51,7 +52,7 @@ class PredictConfig(Config):
 
     run: Path
     """Run folder that heads.train wrote."""
-    cache: Path | None = None
+    cache: CachePath | None = None
     """Cache with the rows to predict; or give `images`."""
     split: str | None = None
     """Split of the cache; unset = all rows."""

@@ -23,6 +23,7 @@ from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
+from featcache.storage import CachePath
 from heads import optim as optimisation
 from heads import run_folder
 from heads.base import FeatureSpec, Head, HeadConfig
@@ -66,7 +67,7 @@ _FREE = {"cache", "run", "resume", "restart", "save_every", "device", "quiet"}
 class TrainConfig(Config):
     """Train a head on cached features."""
 
-    cache: Path
+    cache: CachePath
     """Feature cache that featcache.extract wrote."""
     head: AnyHead = Field(default=LinearConfig(), discriminator="kind")
     """Which head, by kind."""

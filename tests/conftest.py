@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import logging
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,7 @@ def s3_server() -> Iterator[str]:
     server = pytest.importorskip("moto.server").ThreadedMotoServer(
         ip_address="127.0.0.1", port=0, verbose=False
     )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"

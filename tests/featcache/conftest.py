@@ -14,6 +14,7 @@ import torch
 
 from featcache.identity import BackboneIdentity, FeatureIdentity, Identity, PreprocessIdentity
 from featcache.manifest import Manifest
+from featcache.storage import StoreUrl
 from featcache.store import ArrayPlan, CachePlan, Shard, Store, create
 
 BACKBONE = BackboneIdentity(kind="open_clip", name="tiny", weights="w" * 32, architecture="a" * 32)
@@ -23,7 +24,7 @@ BACKBONE = BackboneIdentity(kind="open_clip", name="tiny", weights="w" * 32, arc
 class Written:
     """What a cache was written from."""
 
-    path: Path
+    path: Path | StoreUrl
     plan: CachePlan
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
@@ -41,7 +42,7 @@ def ranges(kind: Any, num_rows: int, shard_rows: int) -> list[Shard]:
 
 
 def plan_cache(
-    path: Path,
+    path: Path | StoreUrl,
     num_rows: int = 20,
     dim: int = 6,
     chunk_rows: int = 4,
@@ -115,7 +116,7 @@ def plan_cache(
     return Written(path, plan, arrays)
 
 
-def write_cache(path: Path, **options: Any) -> Written:
+def write_cache(path: Path | StoreUrl, **options: Any) -> Written:
     written = plan_cache(path, **options)
     store = create(path, written.plan)
     for shard in store.pending():

@@ -1,0 +1,565 @@
+"""Caches in an object store: the local cache's bytes, one writer, nothing lost."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from featcache import lease as leases
+from featcache import mirror as mirrors
+from featcache.errors import CacheCorruptError, CacheError, StorageDeniedError
+from featcache.export import ExportConfig
+from featcache.export import run as export
+from featcache.info import InfoConfig
+from featcache.info import run as info
+from featcache.mirror import MirrorConfig
+from featcache.object_store import ObjectFolder
+from featcache.reader import open_cache
+from featcache.remote_cache import replace_remote
+from featcache.storage import Location, StoreUrl, locate, place
+from featcache.store import (
+    Store,
+    cache_exists,
+    create,
+    delete_cache,
+    open_store,
+    verify,
+    writer_lock,
+)
+from featcache.verify import VerifyConfig
+from featcache.verify import run as verify_job
+
+from .conftest import plan_cache, write_cache
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def url(bucket: str) -> StoreUrl:
+    found = place(f"{bucket}/some/birds")
+    assert isinstance(found, StoreUrl)
+    return found
+
+
+def objects(url: StoreUrl) -> dict[str, bytes]:
+    folder = locate(url)
+    return {entry.key: folder.read(entry.key) for entry in folder.list()}
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"views": 3, "captions": 2}, {"num_rows": 37, "dim": 512, "chunk_rows": 8}]
+)
+def test_objects_are_the_local_caches_files(
+    written: Make, url: StoreUrl, options: dict[str, Any]
+) -> None:
+    local = written(**options)
+    write_cache(url, **options)
+    assert objects(url) == files(local.path)
+    assert [entry.key for entry in locate(url.parent).list() if "/" not in entry.key] == []
+    assert verify(url) == []
+    here, there = open_cache(local.path), open_cache(str(url))
+    assert there.fingerprint == here.fingerprint
+    assert there.ids == here.ids
+    assert there.classes.equals(here.classes)
+    for name in here.feature_names():
+        mine, other = there.array(name), here.array(name)
+        assert (mine.view is None) == (other.view is None)  # mapped where the local one is
+        np.testing.assert_array_equal(mine.read(), other.read())
+        rows = np.array([3, 0, 19, 3])
+        np.testing.assert_array_equal(mine.take(rows), other.take(rows))
+    np.testing.assert_array_equal(there.rows("train"), here.rows("train"))
+    group = open_store(url)
+    for name, values in local.arrays.items():
+        np.testing.assert_array_equal(group[name][...], values)
+    assert group["rows/id"][:].tolist() == here.ids
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys of the objects that are read from now on."""
+    read: list[str] = []
+    original = ObjectFolder.read
+
+    def count(self: ObjectFolder, key: str) -> bytes:
+        read.append(key)
+        return original(self, key)
+
+    monkeypatch.setattr(ObjectFolder, "read", count)
+    return read
+
+
+def test_only_what_is_used_is_fetched_and_only_once(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(url, captions=1)
+    read = counted(monkeypatch)
+    cache = open_cache(url)
+    cache.rows("train")
+    cache.array("image/projected").read()
+    chunks = [key for key in read if "/c/" in key]
+    assert sorted(chunks) == sorted(
+        [f"image/projected/c/{i}/0" for i in range(5)] + [f"rows/valid/c/{i}" for i in range(3)]
+    )
+    del read[:]
+    again = open_cache(url)
+    again.array("image/projected").read()
+    again.rows("train")
+    assert [key for key in read if "/c/" in key] == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_mirror_file_is_fetched_again(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    made = write_cache(url, dim=512, chunk_rows=8, shard_rows=8)
+    cache = open_cache(url)
+    cache.array("image/projected")
+    file = cache.store.files("image/projected").file(1)
+    content = bytearray(file.read_bytes())
+    content[70] ^= 4
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flip" else content[:-9])
+    read = counted(monkeypatch)
+    array = open_cache(url).array("image/projected")
+    np.testing.assert_array_equal(array.read(), made.arrays["image/projected"])
+    assert [key for key in read if "/c/" in key] == ["image/projected/c/1/0"]
+
+
+def test_a_chunk_that_changed_in_the_store_is_fetched_again(url: StoreUrl) -> None:
+    made = write_cache(url)
+    open_cache(url).array("image/projected")
+    store = Store.open(url, write=True)
+    changed = made.arrays["image/projected"][:8] + 1
+    store.write_chunks("image/projected", 0, changed)
+    store.mark_done(store.shards("image")[0], {"invalid": []})
+    array = open_cache(url).array("image/projected")
+    np.testing.assert_array_equal(array.read()[:8], changed)
+
+
+def test_a_cache_that_was_replaced_while_open_is_not_mixed_with_the_new_one(url: StoreUrl) -> None:
+    write_cache(url)
+    cache = open_cache(url)
+    cache.array("image/projected")
+    other = write_cache(url.with_name("birds.next"), num_rows=24)
+    before = objects(other.path)
+    replace_remote(url, other.path)
+    assert objects(url) == before
+    assert not cache_exists(other.path)
+    with pytest.raises(CacheError, match=r"birds: updated while open; open it again"):
+        cache.array("rows/valid")
+    fresh = open_cache(url)
+    assert fresh.num_rows == 24
+    assert verify(url) == []
+    assert fresh.store.folder != cache.store.folder
+
+
+class Killed(BaseException):
+    """What nothing in the code under test catches."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Any:
+    """Counts the requests that change a store, and stops before number `moment`."""
+    steps = itertools.count()
+    for name in ("write", "write_if", "delete", "copy"):
+        original = getattr(ObjectFolder, name)
+
+        def counting(self: Location, *args: Any, original: Any = original) -> Any:
+            if next(steps) == moment:
+                raise Killed
+            return original(self, *args)
+
+        monkeypatch.setattr(ObjectFolder, name, counting)
+    return steps
+
+
+def test_a_replacement_that_was_killed_is_finished_by_the_next_writer(url: StoreUrl) -> None:
+    other = url.with_name("birds.next")
+    write_cache(url, num_rows=9)
+    write_cache(other, num_rows=13)
+    old, new = objects(url), objects(other)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = kill_at(patch, -1)
+        replace_remote(url, other)
+        total = next(steps)
+    changed = [key for key in new if old.get(key) != new[key]]
+    assert (
+        total == len(changed) - 1 + 7
+    )  # its root, two markers, deletions: nothing equal is copied
+    for moment in (0, 2, 8, total - 5, total - 3, total - 2, total - 1):
+        for target, content in ((url, old), (other, new)):
+            held = objects(target)
+            locate(target).delete(*(held.keys() - content.keys()))
+            for key, value in content.items():
+                if held.get(key) != value:
+                    locate(target).write(key, value)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment)
+            with pytest.raises(Killed):
+                replace_remote(url, other)
+        with writer_lock(url):
+            pass
+        if moment == 0:  # nothing had happened yet
+            assert objects(url) == old
+            continue
+        assert objects(url) == new, moment
+        assert objects(other) == {}, moment
+        assert [e.key for e in locate(url.parent).list() if "/" not in e.key] == [], moment
+
+
+def test_one_cache_cannot_be_replaced_by_half_of_another(url: StoreUrl) -> None:
+    write_cache(url)
+    other = url.with_name("birds.next")
+    made = plan_cache(other, num_rows=24)
+    create(other, made.plan)
+    with pytest.raises(CacheError, match=r"birds.next: not complete"):
+        replace_remote(url, other)
+    with pytest.raises(CacheError, match=r"nothing: no cache there"):
+        replace_remote(url, url.with_name("nothing"))
+    assert open_cache(url).num_rows == 20
+
+
+def test_an_unfinished_cache_is_resumed(url: StoreUrl) -> None:
+    made = plan_cache(url)
+    store = create(url, made.plan)
+    first, second, third = store.pending()
+    made.write(store, first)
+    store.mark_done(first, {"n": 1})
+    made.write(store, second)  # killed here
+    again = Store.open(url, write=True)
+    assert again.pending() == [second, third]
+    assert again.reports("image") == {0: {"n": 1}}
+    with pytest.raises(CacheError, match="2 of 3 shards are missing"):
+        open_cache(url)
+    with pytest.raises(CacheError, match=r"s3://.*projected/c/4/0: missing, so shard image/00002"):
+        again.mark_done(third, {})
+    partly = open_cache(url, allow_incomplete=True)
+    assert np.isnan(partly.array("image/projected").read()[8:]).all()
+    for shard in again.pending():
+        made.write(again, shard)
+        again.mark_done(shard, {})
+    again.finish({"rate": 1})
+    whole = open_cache(url)
+    np.testing.assert_array_equal(
+        whole.array("image/projected").read(), made.arrays["image/projected"]
+    )
+    assert whole.attributes["summary"] == {"rate": 1}
+
+
+def test_rows_are_declared_valid_after_their_features(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan_cache(url)
+    store = create(url, made.plan)
+    stored: list[str] = []
+    original = ObjectFolder.write
+
+    def slow(self: ObjectFolder, key: str, *parts: Any) -> None:
+        time.sleep(0.05 if key.startswith("image/") else 0)
+        original(self, key, *parts)
+        stored.append(key)
+
+    monkeypatch.setattr(ObjectFolder, "write", slow)
+    shard = store.pending()[0]
+    made.write(store, shard)
+    store.mark_done(shard, {})
+    assert max(stored.index(f"image/projected/c/{i}/0") for i in (0, 1)) < stored.index(
+        "rows/valid/c/0"
+    )
+    assert stored[-1] == "shards/image/c/0"
+
+
+def test_creation_leaves_other_peoples_objects_alone(url: StoreUrl) -> None:
+    locate(url).write("letters/a.txt", b"dear")
+    made = plan_cache(url)
+    with pytest.raises(CacheError, match=r"no cache, but 1 other objects, the first is letters/a"):
+        create(url, made.plan)
+    assert locate(url).read("letters/a.txt") == b"dear"
+    with pytest.raises(CacheError, match="no such cache"):
+        open_cache(url)
+
+
+def test_what_a_killed_creation_or_deletion_left_is_cleared(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan_cache(url)
+    original = ObjectFolder.write
+
+    def stop(self: ObjectFolder, key: str, *parts: Any) -> None:
+        if key == "zarr.json":
+            raise KeyboardInterrupt
+        original(self, key, *parts)
+
+    monkeypatch.setattr(ObjectFolder, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        create(url, made.plan)
+    monkeypatch.setattr(ObjectFolder, "write", original)
+    assert not cache_exists(url)
+    assert list(locate(url).list())
+    locate(url).write("image/stale", b"x")
+    create(url, made.plan)
+    assert verify(url) == []
+    with pytest.raises(CacheError, match="exists already"):
+        create(url, made.plan)
+    delete_cache(url)
+    assert list(locate(url.parent).list()) == []
+
+
+def test_every_flipped_or_foreign_or_missing_object_is_named(url: StoreUrl) -> None:
+    write_cache(url, num_rows=5, captions=1)
+    Store.open(url).put_array("class_text/x", np.ones((2, 3, 4), np.float32))
+    assert verify(url) == []
+    folder = locate(url)
+    for key in (
+        "zarr.json",
+        "rows/zarr.json",
+        "image/projected/zarr.json",
+        "image/projected/c/1/0",
+        "rows/id/c/0",
+        "shards/image/c/0",
+        "class_text/x/c/0/0/0",
+    ):
+        content = folder.read(key)
+        damaged = bytearray(content)
+        damaged[len(damaged) // 2] ^= 1
+        folder.write(key, bytes(damaged))
+        problems = verify(url)
+        assert len(problems) == 1, (key, problems)
+        assert f"{url}/{key}" in problems[0]
+        folder.write(key, content)
+    folder.write("image/other", b"1")
+    folder.delete("rows/path/c/0")
+    assert verify(url) == [f"{url}/rows/path/c/0: missing", f"{url}/image/other: foreign file"]
+
+
+def test_a_damaged_object_is_refused_by_name(url: StoreUrl) -> None:
+    write_cache(url)
+    folder = locate(url)
+    content = bytearray(folder.read("image/projected/c/2/0"))
+    content[7] ^= 1
+    folder.write("image/projected/c/2/0", bytes(content))
+    folder.delete("rows/id/c/0")
+    cache = open_cache(url)
+    with pytest.raises(CacheCorruptError, match=r"s3://.*image/projected/c/2/0: checksum"):
+        cache.array("image/projected")
+    with pytest.raises(CacheCorruptError, match=r"s3://.*rows/id/c/0: missing"):
+        _ = cache.ids
+
+
+def test_a_second_writer_is_told_who_writes(url: StoreUrl) -> None:
+    with writer_lock(url):
+        with pytest.raises(CacheError) as caught, writer_lock(url):
+            pass
+        host = os.uname().nodename
+        assert f"process {os.getpid()} on {host} is writing this cache" in str(caught.value)
+    with writer_lock(url):  # free again
+        pass
+    assert list(locate(url.parent).list()) == []
+
+
+def test_of_many_writers_at_once_one_gets_the_lock(url: StoreUrl) -> None:
+    outcomes: list[str] = []
+    ready, done = threading.Barrier(6), threading.Event()
+
+    def write() -> None:
+        ready.wait()
+        try:
+            with writer_lock(url):
+                outcomes.append("writes")
+                done.wait(20)
+        except CacheError as error:
+            outcomes.append(str(error))
+        if len(outcomes) == 6:
+            done.set()
+
+    threads = [threading.Thread(target=write) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count("writes") == 1
+    assert sum("is writing this cache" in text for text in outcomes) == 5
+
+
+@pytest.fixture
+def fast_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "STALE_SECONDS", 0.5)
+
+
+def hold(url: StoreUrl, **who: Any) -> None:
+    """A lock as another machine's process holds it."""
+    content = {"token": "t", "pid": 1, "host": "elsewhere", "processes": "x", **who}
+    locate(url.parent).write(f"{url.name}.lock", json.dumps(content).encode())
+
+
+@pytest.mark.usefixtures("fast_lease")
+def test_a_stale_lock_is_taken_over_and_its_former_holder_stops(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(url)
+    hold(url)
+    monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 0.4)
+    with pytest.raises(CacheError, match="process 1 on elsewhere is writing"), writer_lock(url):
+        pass
+    monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 0.6)
+    store = Store.open(url, write=True)
+    with writer_lock(url):
+        store.update_attributes(note=1)
+        hold(url)  # somebody else took it, say while this machine slept
+        deadline = time.monotonic() + 10
+        while not leases._held[url].lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(CacheError, match="the right to write was lost, since another process"):
+            store.update_attributes(note=2)
+    assert locate(url.parent).exists("birds.lock")  # not ours to delete
+
+
+@pytest.mark.usefixtures("fast_lease")
+def test_an_old_lock_that_is_renewed_is_respected(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 1e6)  # this clock is wrong
+    with writer_lock(url), pytest.raises(CacheError, match="is writing"), writer_lock(url):
+        pass
+
+
+def test_the_lock_of_a_killed_process_of_this_machine_is_free(url: StoreUrl) -> None:
+    code = (
+        "import os, sys\nfrom featcache.store import writer_lock\n"
+        "lock = writer_lock(sys.argv[1])\nlock.__enter__()\nos._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(url)], check=False)
+    assert done.returncode == 9
+    assert locate(url.parent).exists("birds.lock")
+    with writer_lock(url):
+        pass
+
+
+def test_jobs_take_an_address(
+    written: Make, url: StoreUrl, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = written(captions=1)
+    write_cache(url, captions=1)
+    assert verify_job(VerifyConfig(cache=url)).arrays == (
+        verify_job(VerifyConfig(cache=local.path)).arrays
+    )
+    found, expected = info(InfoConfig(cache=url)), info(InfoConfig(cache=local.path))
+    assert found["path"] == str(url)
+    assert {**found, "path": ""} == {**expected, "path": ""}
+    export(ExportConfig(cache=url, out=tmp_path / "a.parquet"))
+    export(ExportConfig(cache=local.path, out=tmp_path / "b.parquet"))
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    with pytest.raises(CacheError, match=r"s3://.*nothing: no such cache \(no zarr.json there\)"):
+        info(InfoConfig(cache=url.with_name("nothing")))
+    assert "not-to-be-shown" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_forked_workers_read_the_mirror(url: StoreUrl) -> None:
+    made = write_cache(url, dim=512)
+    cache = open_cache(url)
+    loader = DataLoader(
+        cache.dataset("image/projected", "train"),
+        batch_size=4,
+        num_workers=1,
+        multiprocessing_context="fork",
+    )
+    batches = list(loader)
+    rows = torch.cat([batch["row"] for batch in batches]).numpy()
+    np.testing.assert_array_equal(rows, cache.rows("train"))
+    features = torch.cat([batch["features"] for batch in batches]).numpy()
+    np.testing.assert_array_equal(features, made.arrays["image/projected"][rows])
+    lazy = cache.dask("image/projected")
+    np.testing.assert_array_equal(lazy.compute(scheduler="threads"), made.arrays["image/projected"])
+
+
+def test_an_array_is_added_once(url: StoreUrl, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cache(url)
+    store = Store.open(url)
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    store.put_array("class_text/abc", values, {"templates": ["a {name}"]})
+    store.put_array("class_text/abc", values + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "has", lambda self, name: False)  # as if both began at once
+        Store.open(url).put_array("class_text/abc", values + 1)
+    cache = open_cache(url)
+    np.testing.assert_array_equal(cache.array("class_text/abc").read(), values)
+    assert cache.store.files("class_text/abc").attributes == {"templates": ["a {name}"]}
+    assert verify(url) == []
+
+
+def test_mirrors_are_listed_and_cleared(url: StoreUrl, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cache(url)
+    other = url.with_name("ferns")
+    write_cache(other, num_rows=24)
+    first, second = open_cache(url), open_cache(other)
+    values = first.array("image/projected").read()
+    view = first.array("image/projected").blocks
+    second.array("image/projected")
+    os.utime(first.store.folder, (1, 1))
+    assert [m.folder for m in mirrors.run(MirrorConfig())] == [
+        second.store.folder,
+        first.store.folder,
+    ]
+    kept = second.store.folder
+    size = sum(len(content) for content in files(kept).values())
+    assert [m.folder for m in mirrors.run(MirrorConfig(keep_gb=size / 1e9))] == [kept]
+    assert not first.store.folder.exists()
+    assert view is not None
+    np.testing.assert_array_equal(np.concatenate(view)[:20], values)  # mapped files stay
+    assert first.ids == [f"id{row}" for row in range(20)]  # and others are fetched again
+    assert mirrors.run(MirrorConfig(clear=True)) == []
+    assert "deleted  " in capsys.readouterr().out
+
+
+def test_a_full_disk_is_found_before_anything_is_fetched(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(url)
+    cache = open_cache(url)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CacheError, match=r"image/projected takes 260 B here, only 1.0 kB are free"):
+        cache.array("image/projected")
+
+
+def test_an_upload_that_fails_stops_the_shard(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan_cache(url)
+    store = create(url, made.plan)
+    original = ObjectFolder.write
+
+    def denied(self: ObjectFolder, key: str, *parts: Any) -> None:
+        if key == "image/projected/c/1/0":
+            raise StorageDeniedError(f"{self.url}/{key}: denied")
+        original(self, key, *parts)
+
+    monkeypatch.setattr(ObjectFolder, "write", denied)
+    shard = store.pending()[0]
+    rows = made.arrays["image/projected"][: shard.stop]
+    store.write_chunks("image/projected", 0, rows)  # returns before the store has answered
+    with pytest.raises(StorageDeniedError, match="c/1/0: denied"):
+        store.mark_done(shard, {})
+    assert store.pending()[0] == shard

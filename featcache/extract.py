@@ -140,7 +140,7 @@ def preview(config: ExtractConfig) -> ExtractReport:
     """
     device = resolve_device(config.device)
     manifest = config.dataset.open()
-    store = Store.open(config.cache) if config.cache.exists() and not config.restart else None
+    store = Store.open(config.cache) if cache_exists(config.cache) and not config.restart else None
     batch_size = _batch_size(config, device, {} if store is None else store.attributes)
     backbone, log = _open_backbone(config, device, manifest, store, batch_size)
     identity = _identity(config, manifest, backbone)

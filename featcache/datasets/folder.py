@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
+from featcache.datasets.label_lists import one_or_none
 from featcache.datasets.splitting import ALIASES, SplitConfig
 from featcache.errors import DatasetError
 from featcache.manifest import Manifest
@@ -40,7 +40,7 @@ class FolderConfig(SplitConfig):
                 f"{self.root}: {found}; expected a folder with one directory per class"
             )
         suffixes = tuple("." + extension.lower().lstrip(".") for extension in self.extensions)
-        parts = _splits(self.root, suffixes)
+        parts = split_folders(self.root, suffixes)
         trees = {
             split: _classes(self.root, folder, suffixes)
             for split, folder in (parts or {"": ""}).items()
@@ -68,15 +68,15 @@ class FolderConfig(SplitConfig):
             ids=paths,
             paths=paths,
             splits=splits,
-            labels=_one_each(classes, unlabelled),
+            labels=one_or_none(classes),
             classes=pd.DataFrame({"name": [] if unlabelled else names}, dtype=object),
             task="unlabelled" if unlabelled else "single_label",
         )
 
 
-def _splits(root: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+def split_folders(root: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Directory of each split, empty if the top directories are classes."""
-    folders = _entries(root)[0]
+    folders = entries(root)[0]
     found = {folder: ALIASES.get(folder.lower()) for folder in folders}
     others = [folder for folder, split in found.items() if split is None]
     if not found or len(others) == len(found):
@@ -84,13 +84,13 @@ def _splits(root: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     if others:
         if (
             "train" not in found.values()
-            or not _entries(
+            or not entries(
                 root / next(folder for folder, split in found.items() if split == "train")
             )[0]
         ):
             return {}
         for folder in others:
-            if next(_images(root, folder, suffixes), None) is not None:
+            if next(images_below(root, folder, suffixes), None) is not None:
                 raise DatasetError(
                     f"{root}: {folder}/ with images stands beside the split directories; "
                     "expected train, val and test only, so move it away"
@@ -109,10 +109,10 @@ def _splits(root: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
 
 def _classes(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, list[str]]:
     """Image paths, relative to `root`, by class; the class "" holds a flat folder's images."""
-    folders, files = _entries(root / folder)
+    folders, files = entries(root / folder)
     loose = [name for name in files if name.lower().endswith(suffixes)]
     prefix = folder + "/" if folder else ""
-    tree = {name: list(_images(root, prefix + name, suffixes)) for name in folders}
+    tree = {name: list(images_below(root, prefix + name, suffixes)) for name in folders}
     if not loose:
         return tree
     if any(tree.values()):
@@ -123,7 +123,7 @@ def _classes(root: Path, folder: str, suffixes: tuple[str, ...]) -> dict[str, li
     return {"": [prefix + name for name in loose]}
 
 
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
+def entries(folder: Path) -> tuple[list[str], list[str]]:
     """Visible directories and files of a folder, both sorted by name."""
     folders: list[str] = []
     files: list[str] = []
@@ -135,7 +135,7 @@ def _entries(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
-def _images(root: Path, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def images_below(root: Path, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """Paths, relative to `root`, of the images below a folder, in no particular order."""
     status = (root / folder).stat()
     pending = [(folder, frozenset({(status.st_dev, status.st_ino)}))]
@@ -188,13 +188,3 @@ def _check_text(root: Path, paths: list[str]) -> None:
                 raise DatasetError(
                     f"{root}: the file name {shown!r} is not UTF-8; rename the file"
                 ) from None
-
-
-def _one_each(classes: "np.typing.NDArray[np.int64]", unlabelled: bool) -> pa.Array:
-    """Arrow lists with one label a row, or none."""
-    num_rows = len(classes)
-    offsets = np.zeros(num_rows + 1, np.int64) if unlabelled else np.arange(num_rows + 1)
-    values = classes[:0] if unlabelled else classes
-    return pa.LargeListArray.from_arrays(
-        pa.array(offsets, pa.int64()), pa.array(values, pa.int32())
-    )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +20,7 @@ from featcache.datasets.inaturalist_json import (
     read_split,
 )
 from featcache.datasets.inaturalist_layout import resolve
+from featcache.datasets.label_lists import one_or_none
 from featcache.errors import DatasetError
 from featcache.json_arrays import read_arrays
 from featcache.manifest import Manifest
@@ -92,7 +92,7 @@ class InaturalistConfig(DatasetConfig):
             ids=self._ids(parts),
             paths=pa.concat_arrays([self.paths(part) for part in parts]),
             splits=pa.concat_arrays([_repeated(part.split, len(part.labels)) for part in parts]),
-            labels=_one_or_none(labels),
+            labels=one_or_none(labels),
             classes=classes,
             task="single_label",
         )
@@ -197,10 +197,3 @@ class InaturalistConfig(DatasetConfig):
 
 def _repeated(text: str, count: int) -> pa.Array:
     return pa.repeat(pa.scalar(text, pa.large_string()), count)
-
-
-def _one_or_none(labels: npt.NDArray[np.int64]) -> pa.Array:
-    """Arrow lists with each row's class, empty for -1."""
-    offsets = np.concatenate([[0], np.cumsum(labels >= 0)])
-    values = pa.array(labels[labels >= 0], pa.int32())
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)

@@ -1,0 +1,1 @@
+"""Parts of the report page: one file a section, and what they share."""

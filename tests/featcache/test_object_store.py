@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -289,6 +290,28 @@ def test_rows_are_declared_valid_after_their_features(
     assert stored[-1] == "shards/image/c/0"
 
 
+def test_the_writer_waits_for_the_store_only_at_the_end_of_a_shard(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan_cache(url)
+    store = create(url, made.plan)
+    shard = store.pending()[0]
+    together, original = threading.Barrier(2), ObjectFolder.write
+
+    def slow(self: ObjectFolder, key: str, *parts: Any) -> None:
+        if key.startswith("image/"):
+            together.wait(20)  # passes only if both chunks are under way at once
+        original(self, key, *parts)
+
+    monkeypatch.setattr(ObjectFolder, "write", slow)
+    for start in (0, 4):  # a writer that waited for the first would never come to the second
+        store.write_chunks("image/projected", start, made.arrays["image/projected"][start:][:4])
+    for name in ("rows/valid", "rows/content", "rows/stamp"):
+        store.write_chunks(name, 0, made.arrays[name][: shard.stop])
+    store.mark_done(shard, {})
+    assert 0 in store.reports("image")
+
+
 def test_creation_leaves_other_peoples_objects_alone(url: StoreUrl) -> None:
     locate(url).write("letters/a.txt", b"dear")
     made = plan_cache(url)
@@ -454,6 +477,64 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_free(url: StoreUrl) -> 
     assert locate(url.parent).exists("birds.lock")
     with writer_lock(url):
         pass
+
+
+WRITER = """
+import importlib.util, os, signal, sys, threading
+from featcache.object_store import ObjectFolder
+from featcache.storage import place
+from featcache.store import Store, cache_exists, create, writer_lock
+
+spec = importlib.util.spec_from_file_location("made", sys.argv[1])
+made = importlib.util.module_from_spec(spec)
+sys.modules["made"] = made
+spec.loader.exec_module(made)
+url, last = place(sys.argv[2]), int(sys.argv[3])
+write, lock, count = ObjectFolder.write, threading.Lock(), [0]
+
+def counting(self, key, *parts):
+    with lock:
+        count[0] += 1
+        if count[0] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+    write(self, key, *parts)
+
+ObjectFolder.write = counting
+with writer_lock(url):
+    planned = made.plan_cache(url, captions=1)
+    store = Store.open(url, write=True) if cache_exists(url) else create(url, planned.plan)
+    for shard in store.pending():
+        planned.write(store, shard)
+        store.mark_done(shard, {"invalid": []})
+    store.finish({})
+print("done")
+"""
+
+
+def test_killed_at_any_request_and_run_again_equals_uninterrupted(
+    tmp_path: Path, url: StoreUrl
+) -> None:
+    local = plan_cache(tmp_path / "local", captions=1)
+    store = create(tmp_path / "local", local.plan)
+    for shard in store.pending():
+        local.write(store, shard)
+        store.mark_done(shard, {"invalid": []})
+    store.finish({})
+    here = str(Path(__file__).with_name("conftest.py"))
+    killed = 0
+    for moment, left in ((20, None), (60, False), (10_000, True)):  # in the creation, in a shard
+        command = [sys.executable, "-c", WRITER, here, str(url), str(moment)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        killed += done.returncode == -signal.SIGKILL
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        assert cache_exists(url) == (left is not None)
+        if left is not None:
+            assert Store.open(url).complete == left
+            assert bool(Store.open(url).reports("image")) == (left or killed == 2)
+    assert done.stdout == "done\n"
+    assert killed == 2
+    assert objects(url) == files(tmp_path / "local")
+    assert [e.key for e in locate(url.parent).list() if "/" not in e.key] == []
 
 
 def test_jobs_take_an_address(

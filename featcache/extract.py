@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcache import growth, swap
 from featcache.backbones.base import Backbone
 from featcache.config import run_job
 from featcache.errors import CacheCorruptError, ConfigError
@@ -79,17 +80,23 @@ def plan(config: ExtractConfig) -> Extraction:
     manifest = config.dataset.open()
     with ExitStack() as resources:
         resources.enter_context(writer_lock(config.cache))
+        swap.recover(config.cache)
         store = _existing(config)
         began_with = {} if store is None else store.attributes
         batch_size = _batch_size(config, device, began_with)
         backbone, log = _open_backbone(config, device, manifest, store, batch_size)
         identity = _identity(config, manifest, backbone)
+        if store is not None and growth.is_wanted(store, identity, manifest.num_captions):
+            rows = growth.shard_rows_of(store, batch_size)
+            planned = _cache_plan(config, manifest, backbone, identity, batch_size, rows)
+            return growth.begin(config, manifest, backbone, planned, batch_size, resources)
         if store is None:
             planned = _announced(config, manifest, backbone, log, identity, batch_size)
             store = create(config.cache, planned)
         else:
             require_equal(store.identity, identity, str(config.cache))
             _check_shards(config, store, batch_size)
+            swap.clear(config.cache)
         return Extraction(config, manifest, backbone, store, batch_size, resources.pop_all())
 
 
@@ -103,8 +110,8 @@ def run(config: ExtractConfig) -> ExtractReport:
         return preview(config)
     with plan(config) as session:
         shards = session.pending()
-        path, total = session.store.path, len(session.store.shards())
-        if not shards and session.store.complete:
+        path, total = session.path, len(session.store.shards())
+        if not shards and session.settled:
             report = session.finish()
             print(f"{path} is complete: {report.num_rows} rows, nothing to do")
             return report
@@ -115,9 +122,10 @@ def run(config: ExtractConfig) -> ExtractReport:
             session.extract(shard)
         report = session.finish()
     rates = report.images_per_second
+    copied = f"{report.num_copied} taken over, " if report.num_copied else ""
     print(
-        f"{path} is complete: {report.num_rows} rows, {report.num_extracted} extracted now in "
-        f"{report.seconds:.1f} s, {rates['total']} images/s (read {rates['read']}, encode "
+        f"{path} is complete: {report.num_rows} rows, {copied}{report.num_extracted} extracted now "
+        f"in {report.seconds:.1f} s, {rates['total']} images/s (read {rates['read']}, encode "
         f"{rates['encode']}, write {rates['write']})"
     )
     if report.num_invalid:
@@ -146,6 +154,8 @@ def preview(config: ExtractConfig) -> ExtractReport:
     identity = _identity(config, manifest, backbone)
     if store is None:
         _announced(config, manifest, backbone, log, identity, batch_size)
+    elif growth.is_wanted(store, identity, manifest.num_captions):
+        print(f"{config.cache}: its dataset changed; python -m featcache.diff says how")
     else:
         require_equal(store.identity, identity, str(config.cache))
         print(f"{config.cache}: {len(store.pending())} of {len(store.shards())} shards are missing")
@@ -193,6 +203,7 @@ def _existing(config: ExtractConfig) -> Store | None:
         return Store.open(config.cache, write=True)
     try:
         Store.open(config.cache)  # deletes caches only, not whatever a path happens to name
+        swap.clear(config.cache)
     except CacheCorruptError as error:
         print(f"restart: deleting a damaged cache ({error})")
     delete_cache(config.cache)
@@ -303,8 +314,10 @@ def _cache_plan(
     backbone: Backbone,
     identity: Identity,
     batch_size: int,
+    shard_rows: int | None = None,
 ) -> CachePlan:
-    wanted = None if config.shard_rows == "auto" else config.shard_rows
+    """What is to be created; `shard_rows` beats the usual size unless the options say one."""
+    wanted = shard_rows if config.shard_rows == "auto" else config.shard_rows
     if wanted is not None:
         check_whole_batches(wanted, batch_size)
     features = identity.features

@@ -107,6 +107,8 @@ class ExtractConfig(Config):
     """Extract again the shards that hold unreadable images."""
     repair: bool = False
     """Verify every checksum first, and extract damaged shards again."""
+    max_lost: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of the cached images that a changed dataset may drop; past it the job fails."""
     restart: bool = False
     """Delete the cache and start anew."""
     dry_run: bool = False

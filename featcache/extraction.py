@@ -82,6 +82,11 @@ class Extraction:
             progress.close()
         self._resources.close()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the cache is complete where it is to be found."""
+        return self.store.complete
+
     def pending(self) -> list[Shard]:
         """Shards still to be extracted."""
         return list(self._pending)
@@ -257,17 +262,23 @@ class Extraction:
         with ShardWriter(self.store, shard) as writer:
             for start in range(shard.start, shard.stop, self.batch_size):
                 texts = self.manifest.captions(start, min(start + self.batch_size, shard.stop))
-                padded = texts + [""] * (self.batch_size - len(texts))
-                with self._lock:
-                    began = time.perf_counter()
-                    values = self.backbone.encode_text(padded)[: len(texts)].cpu().numpy()
-                    timings.encode_seconds += time.perf_counter() - began
-                    timings.rows += len(texts)
-                    self._report_progress("text", len(texts), timings)
-                valid, rows = np.ones(len(texts), bool), np.arange(start, start + len(texts))
-                writer.put(start, self._stored("text/projected", values, valid, rows))
+                rows = np.arange(start, start + len(texts))
+                writer.put(start, self._encode_texts(texts, rows, timings))
         timings.write_seconds = writer.seconds
         return timings, []
+
+    def _encode_texts(
+        self, texts: list[str], rows: npt.NDArray[np.int64], timings: Timings
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Features of n captions, `rows` among all, as they go to disk."""
+        padded = texts + [""] * (self.batch_size - len(texts))
+        with self._lock:
+            began = time.perf_counter()
+            values = self.backbone.encode_text(padded)[: len(texts)].cpu().numpy()
+            timings.encode_seconds += time.perf_counter() - began
+            timings.rows += len(texts)
+            self._report_progress("text", len(texts), timings)
+        return self._stored("text/projected", values, np.ones(len(texts), bool), rows)
 
     def _reader(self) -> BatchReader:
         source = image_source(self.config, self.manifest, self.backbone)

@@ -59,16 +59,19 @@ class FeatureArray:
         self._files = files
         self._store = store
         present = _present_chunks(files, done)
-        files.fetch(np.flatnonzero(present).tolist(), verify)
-        self.view = map_array(files) if present.all() and can_map(files) else None
+        self.view: npt.NDArray[Any] | None = None
         self.blocks: list[npt.NDArray[Any] | None] | None = None
-        if self.view is None and files.raw and files.num_chunks <= MAX_FILES:
-            self.blocks = [
-                map_chunks(files, range(chunk, chunk + 1)) if here else None
-                for chunk, here in enumerate(present)
-            ]
-        if verify and files.remote is None:  # what was fetched was verified on the way
-            self._verify(present)
+        with store.unchanged():  # files are mapped by name, one after the other
+            files.fetch(np.flatnonzero(present).tolist(), verify)
+            if present.all() and can_map(files):
+                self.view = map_array(files)
+            elif files.raw and files.num_chunks <= MAX_FILES:
+                self.blocks = [
+                    map_chunks(files, range(chunk, chunk + 1)) if here else None
+                    for chunk, here in enumerate(present)
+                ]
+            if verify and files.remote is None:  # what was fetched was verified on the way
+                self._verify(present)
 
     def _verify(self, present: npt.NDArray[np.bool_]) -> None:
         """Checks the chunks' checksums through the mapping, which fills its page table too.
@@ -158,7 +161,8 @@ class FeatureArray:
                 _take(block, inside, part, view if one_view else None)
                 out[where] = part
         else:
-            values = self._store.zarr_array(self.name).oindex[rows]
+            with self._store.unchanged():
+                values = self._store.zarr_array(self.name).oindex[rows]
             out[...] = values[:, view] if one_view else values
         return out
 
@@ -177,7 +181,8 @@ class FeatureArray:
                     inside = block[first - chunk * size : last - chunk * size]
                     np.copyto(out[first - start : last - start], inside)
         else:
-            out[...] = self._store.zarr_array(self.name)[start:stop]
+            with self._store.unchanged():
+                out[...] = self._store.zarr_array(self.name)[start:stop]
         return out
 
     def _output(self, out: npt.NDArray[Any] | None, shape: tuple[int, ...]) -> npt.NDArray[Any]:

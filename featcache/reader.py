@@ -69,6 +69,7 @@ class Cache:
         num_rows: N.
         task: how the labels are to be read.
         complete: whether all shards are done.
+        history: the states it had before its dataset changed, oldest first; see docs/growing.md.
     """
 
     def __init__(self, store: Store, verify: bool = True) -> None:
@@ -81,6 +82,7 @@ class Cache:
         self.task: Task = store.attributes["task"]
         self.class_hash: str = store.attributes["class_hash"]
         self.complete = store.complete
+        self.history: list[dict[str, Any]] = list(store.attributes.get("history", []))
         self.store = store
         self._verify = verify
         self._features: dict[str, FeatureArray] = {}

@@ -7,7 +7,6 @@ Keys are paths inside that folder with `/` between their parts. An object store 
 its own: a folder is there when an object in it is.
 """
 
-import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from featcache.chunks import Content, make_folder, write_file
+from featcache.chunks import Content, link_file, make_folder, write_file
 from featcache.errors import ConfigError
 
 SCHEME = "s3://"
@@ -245,15 +244,7 @@ class LocalFolder(Location):
     def copy(self, key: str, to: Location, to_key: str) -> None:
         """See `Location.copy`."""
         assert isinstance(to, LocalFolder), f"{to.url} is not a local folder"
-        target = to.url / to_key
-        make_folder(target.parent)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(self.url / key, target)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            write_file(target, (self.url / key).read_bytes())
+        link_file(self.url / key, to.url / to_key)
 
 
 def locate(where: Where) -> Location:

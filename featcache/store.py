@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -42,7 +42,7 @@ from featcache.chunks import (
     unsealed,
     write_file,
 )
-from featcache.errors import CacheCorruptError, CacheError
+from featcache.errors import CacheCorruptError, CacheError, UserError
 from featcache.identity import Identity, ListHash
 from featcache.lock import writer_lock
 from featcache.manifest import class_hash, rows_hash
@@ -69,8 +69,13 @@ def open_store(location: Where, name: str = "") -> Any:
     return zarr.open(store, mode="r", path=name or None, zarr_format=3)
 
 
-def create(path: Where, plan: CachePlan) -> "Store":
+def create(path: Where, plan: CachePlan, linked_bytes: int = 0) -> "Store":
     """A new cache without features, opened for writing; it appears at `path` whole or not at all.
+
+    Args:
+        path: where.
+        plan: what it will hold.
+        linked_bytes: how much of it will be linked from another cache, and needs no room.
 
     Raises:
         CacheError: if `path` exists, or the disk has too little room.
@@ -86,7 +91,7 @@ def create(path: Where, plan: CachePlan) -> "Store":
         raise CacheError(f"{path}: exists already; open it to resume, or delete it to start anew")
     make_folder(path.parent)
     free = shutil.disk_usage(path.parent).free
-    needed = plan.num_bytes + _SPARE_BYTES
+    needed = plan.num_bytes - linked_bytes + _SPARE_BYTES
     if free < needed:
         raise CacheError(
             f"{path}: needs {human_bytes(needed)}, only {human_bytes(free)} are free; "
@@ -135,6 +140,7 @@ class Store:
     writable: bool = False
     mirror: Mirror | None = None
     _arrays: dict[str, ArrayFiles] = field(default_factory=dict, repr=False)
+    _mark: tuple[int, ...] = ()
 
     @classmethod
     def open(cls, path: Where, write: bool = False) -> "Store":
@@ -151,7 +157,8 @@ class Store:
             mirror = Mirror(locate(path), attributes["fingerprint"])
             mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
-        return cls(path, _read_attributes(path), write)
+        mark = _mark(path)  # first: whoever takes the cache's place later is noticed
+        return cls(path, _read_attributes(path), write, _mark=mark)
 
     @property
     def folder(self) -> Path:
@@ -189,8 +196,38 @@ class Store:
     def files(self, name: str) -> ArrayFiles:
         """Metadata and chunk files of an array."""
         if name not in self._arrays:
-            self._arrays[name] = ArrayFiles.open(self.folder, name, self.mirror)
+            with self.unchanged():
+                self._arrays[name] = ArrayFiles.open(self.folder, name, self.mirror)
         return self._arrays[name]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Checks that what was read inside comes from the cache that was opened.
+
+        An update puts another folder in a cache's place; what was mapped before stays valid, but
+        files opened by name afterwards belong to other rows.
+
+        Raises:
+            CacheError: if the cache was updated, extracted anew or deleted meanwhile.
+        """
+        try:
+            yield
+        except (UserError, OSError, ValueError):
+            self._require_unchanged()
+            raise
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        if self.mirror is not None:  # it looks by itself before it fetches
+            return
+        mark = _mark(self.folder)
+        if mark == self._mark:
+            return
+        same = mark[:2] == self._mark[:2]  # the folder; its attributes may have been rewritten
+        fingerprint = self.attributes["fingerprint"]
+        if not same or _read_attributes(self.folder)["fingerprint"] != fingerprint:
+            raise CacheError(f"{self.path}: updated while it was open; open it again")
+        self._mark = mark
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A whole array through zarr; strings come as an object array of `str`.
@@ -201,12 +238,13 @@ class Store:
         """
         files = self.files(name)
         files.fetch()
-        try:
-            values = self.zarr_array(name)[...]
-        except (ValueError, RuntimeError):  # what zarr's codecs raise for damaged bytes
-            for chunk in range(files.num_chunks):
-                require(files.problem(chunk))
-            raise
+        with self.unchanged():
+            try:
+                values = self.zarr_array(name)[...]
+            except (ValueError, RuntimeError):  # what zarr's codecs raise for damaged bytes
+                for chunk in range(files.num_chunks):
+                    require(files.problem(chunk))
+                raise
         return np.asarray(values, dtype=object if files.dtype is None else None)
 
     def zarr_array(self, name: str) -> Any:
@@ -273,11 +311,12 @@ class Store:
         """
         files = self.files(f"shards/{kind}")
         found: dict[int, dict[str, Any]] = {}
-        here = files.present()
-        files.fetch(here)
-        for index in here:
-            require(files.problem(index))
-            found[index] = json.loads(files.file(index).read_bytes()[8:-CHECKSUM_BYTES])
+        with self.unchanged():
+            here = files.present()
+            files.fetch(here)
+            for index in here:
+                require(files.problem(index))
+                found[index] = json.loads(files.file(index).read_bytes()[8:-CHECKSUM_BYTES])
         return found
 
     def pending(self) -> list[Shard]:
@@ -365,6 +404,15 @@ class Store:
             raise CacheError(f"{target}: cannot be written ({error.strerror})") from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """What tells a cache's folder and its root metadata from others of the same name."""
+    try:
+        folder, root = path.stat(), (path / "zarr.json").stat()
+    except OSError:
+        return ()
+    return folder.st_dev, folder.st_ino, root.st_ino, root.st_mtime_ns, root.st_size
 
 
 def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> list[str]:

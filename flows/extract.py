@@ -77,6 +77,8 @@ def extract_features(config: ExtractConfig) -> State[Any]:
         post_report(config.cache.name, f"Cache {report.cache}", rows, _summary(report, invalid))
         rate = report.images_per_second["total"]
         message += f"; {report.num_extracted} extracted at {rate} images/s"
+        if report.num_copied:
+            message += f", {report.num_copied} taken over from its earlier state"
     else:
         message += "; it was complete, nothing was extracted"
     return Completed(message=message, data=report.record())
@@ -90,7 +92,7 @@ def _extract_pending(session: Extraction) -> tuple[list[Row], str | None]:
     """
     logger = get_run_logger()
     shards, total = session.pending(), len(session.store.shards())
-    logger.info("%s: %d of %d shards to extract", session.store.path, len(shards), total)
+    logger.info("%s: %d of %d shards to extract", session.path, len(shards), total)
     whole: Any = quote(session)  # Prefect would look into it for other tasks' results
     rows: list[Row] = []
     for shard in shards:
@@ -109,6 +111,7 @@ def _summary(report: ExtractReport, invalid: list[dict[str, Any]]) -> str:
         "captions": report.num_captions,
         "unreadable": report.num_invalid,
         "extracted by this run": report.num_extracted,
+        "taken over": report.num_copied,
         "seconds": report.seconds,
         **{f"{part}, images/s": rate for part, rate in report.images_per_second.items()},
         "precision": report.precision,

@@ -198,7 +198,10 @@ def run(config: EvaluateConfig) -> Scores:
     path = config.cache or place(loaded.record["cache"]["path"])
     cache = open_cache(path)
     trained_on = loaded.record["cache"]["fingerprint"]
-    if config.cache is None and cache.fingerprint != trained_on:
+    grown = loaded.growth_since(cache)
+    if grown is not None:
+        print(grown)
+    elif config.cache is None and cache.fingerprint != trained_on:
         raise CacheMismatchError(
             f"{path}: fingerprint {cache.fingerprint}, the head was trained on {trained_on}; "
             "name the cache with --cache if this one is meant"

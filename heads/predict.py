@@ -121,6 +121,9 @@ def run(config: PredictConfig) -> PredictReport:
     order = None if config.submission_order is None else read_order(config.submission_order)
     if config.cache is not None:
         cache = open_cache(config.cache)
+        grown = loaded.growth_since(cache)
+        if grown is not None and not config.quiet:
+            print(grown)
         rows = _cache_rows(cache, config.split)
         order = [cache.ids[row] for row in rows] if order is None else order
         frame, unreadable = predict_cache(loaded, cache, rows, config.top_k, config.threshold)

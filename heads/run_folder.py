@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from featcache.changes import since
 from featcache.errors import CacheMismatchError, UserError
 from featcache.identity import differences
 from featcache.manifest import class_hash
@@ -94,6 +95,16 @@ class LoadedRun:
                     f"{cache.path}: {name} differs: the cache holds {have!r}, the head in "
                     f"{self.path} was trained on {want!r}; extract with that, or train a new head"
                 )
+
+    def growth_since(self, cache: Cache) -> str | None:
+        """How a cache changed since the head was trained on an earlier state of it, as a line.
+
+        None if it has not changed, or if the head was trained on another cache.
+        """
+        steps = since(cache.history, self.record["cache"]["fingerprint"])
+        return (
+            None if steps is None else f"{cache.path}: trained on an earlier state of it; {steps}"
+        )
 
     def _class_difference(self, cache: Cache) -> str:
         found, expected = [str(name) for name in cache.classes["name"]], self.class_names

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from featcache.changes import since
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
@@ -497,6 +498,12 @@ def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:
                 "another --run, or --restart to replace it"
             )
     held = run_folder.read_json(folder / "head.json")["cache"]["fingerprint"]
+    grown = since(cache.history, held)
+    if grown is not None:  # rows have other numbers now: a half-done epoch cannot go on
+        raise RunError(
+            f"{folder}: trained there on an earlier state of {cache.path}; {grown}; --restart "
+            "trains anew on all rows, another --run keeps this one"
+        )
     if held != cache.fingerprint:
         raise RunError(
             f"{folder}: trained there on cache {held}, {cache.path} is {cache.fingerprint}; choose "

@@ -347,7 +347,7 @@ def test_a_cache_that_holds_something_else_is_refused(make, changes, field):
         run(make(**changes))
 
 
-def test_changed_weights_and_rows_are_refused(make, tiny_clip, tmp_path, image_folder):
+def test_changed_weights_are_refused(make, tiny_clip, tmp_path):
     from safetensors.torch import load_file, save_file
 
     run(make())
@@ -358,9 +358,6 @@ def test_changed_weights_and_rows_are_refused(make, tiny_clip, tmp_path, image_f
     save_file(weights, other / "open_clip_model.safetensors")
     with pytest.raises(CacheMismatchError, match=r"backbone.weights differs"):
         run(make(backbone={"model": f"local-dir:{other}"}))
-    (image_folder / "train" / "cat" / "00.jpg").rename(image_folder / "train" / "cat" / "000.jpg")
-    with pytest.raises(CacheMismatchError, match=r"dataset.rows differs"):
-        run(make())
     assert run(make(restart=True)).num_extracted == 14
 
 

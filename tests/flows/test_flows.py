@@ -36,7 +36,8 @@ class Session:
         self.calls: list[str] = []
         self.closed = False
         self.shards = [Shard("image", index, 4 * index, 4 * index + 4) for index in range(3)]
-        self.store = SimpleNamespace(path=Path("cache/x"), shards=lambda: self.shards)
+        self.path = Path("cache/x")
+        self.store = SimpleNamespace(shards=lambda: self.shards)
 
     def __enter__(self) -> Self:
         return self

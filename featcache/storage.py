@@ -22,17 +22,10 @@ from featcache.errors import ConfigError
 SCHEME = "s3://"
 
 
-@dataclass(frozen=True, order=True)
-class StoreUrl:
-    """A folder or object of an object store; named and joined the way `pathlib.Path` is.
+class StoreUrl(str):
+    """`s3://bucket/prefix` without slashes at its end; named and joined the way a `Path` is."""
 
-    Attributes:
-        bucket: name of the bucket.
-        prefix: path in the bucket, without slashes at its ends; "" = the bucket itself.
-    """
-
-    bucket: str
-    prefix: str = ""
+    __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -45,23 +38,30 @@ class StoreUrl:
         parts = prefix.strip("/").split("/") if prefix.strip("/") else []
         if not text.startswith(SCHEME) or not bucket or any(p in ("", ".", "..") for p in parts):
             raise ConfigError(f"{text}: expected a local folder or s3://bucket/prefix")
-        return cls(bucket, "/".join(parts))
+        return cls(SCHEME + "/".join([bucket, *parts]))
 
-    def __str__(self) -> str:
-        return f"{SCHEME}{self.bucket}/{self.prefix}".rstrip("/")
+    @property
+    def bucket(self) -> str:
+        """Name of the bucket."""
+        return self.removeprefix(SCHEME).partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """Path in the bucket; "" = the bucket itself."""
+        return self.removeprefix(SCHEME).partition("/")[2]
 
     def __truediv__(self, key: str) -> "StoreUrl":
-        return StoreUrl(self.bucket, f"{self.prefix}/{key}".strip("/"))
+        return StoreUrl(f"{self}/{key}".rstrip("/"))
 
     @property
     def name(self) -> str:
         """Last part of the address."""
-        return self.prefix.rpartition("/")[2] or self.bucket
+        return self.rpartition("/")[2]
 
     @property
     def parent(self) -> "StoreUrl":
         """The folder around it; a bucket is its own parent."""
-        return StoreUrl(self.bucket, self.prefix.rpartition("/")[0])
+        return StoreUrl(self.rpartition("/")[0]) if self.prefix else self
 
     def with_name(self, name: str) -> "StoreUrl":
         """Another entry of the folder around it."""

@@ -18,6 +18,7 @@ from featcache.config import Config, run_job
 from featcache.datasets.kaggle_records import read_records
 from featcache.errors import ConfigError, DatasetError
 from featcache.reader import open_cache
+from featcache.storage import CachePath
 
 SEPARATOR = "; "
 """Between the classes of a cell in a table of predictions."""
@@ -28,7 +29,7 @@ class SubmissionConfig(Config):
 
     predictions: Path
     """Table that heads.predict wrote, .csv or .parquet."""
-    cache: Path
+    cache: CachePath
     """Cache of the dataset; its class table maps class names to label ids."""
     order: Path | None = None
     """test.csv or a sample submission, whose images and order the submission takes; unset = those

@@ -1,5 +1,6 @@
 """Locations: a local folder and a bucket answer the same; errors are one line without secrets."""
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,6 +81,9 @@ def test_addresses_are_named_like_paths() -> None:
     assert str(url.with_name("birds.next") / "x") == "s3://b/some/birds.next/x"
     assert place(Path("s3://b/some/birds")) == url  # pathlib drops a slash
     assert place("cache/birds") == Path("cache/birds")
+    bare = StoreUrl.parse("s3://b/")
+    assert (bare, bare.prefix, bare.parent, bare / "x") == ("s3://b", "", bare, "s3://b/x")
+    assert pickle.loads(pickle.dumps(url)).with_name("y") == "s3://b/some/y"
     for text in ("s3://", "s3://b/x//y", "s3://b/../x", "gs://b/x", "https://host/x"):
         with pytest.raises(ConfigError, match="expected a local folder or s3://bucket/prefix"):
             place(text)
@@ -92,7 +96,8 @@ def test_a_cache_field_takes_both() -> None:
 
     assert Job.from_command_line(["--cache", "cache/birds"]).cache == Path("cache/birds")
     job = Job.from_command_line(["--cache", "s3://b/birds"])
-    assert job.cache == StoreUrl("b", "birds")
+    assert isinstance(job.cache, StoreUrl)
+    assert (job.cache.bucket, job.cache.prefix) == ("b", "birds")
     assert job.record() == {"cache": "s3://b/birds"}
     assert Job.model_validate(job.record()) == job
     schema = TypeAdapter(CachePath).json_schema()

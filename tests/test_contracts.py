@@ -5,7 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,11 @@ MEMBERS = {
 def member_of(name: str, **options: Any) -> Config:
     """A member with its defaults; required paths and names get a made-up value."""
     cls = MEMBERS[name]
-    required = {key: "x" for key, field in cls.model_fields.items() if field.is_required()}
+    required = {
+        key: get_args(field.annotation)[0] if get_origin(field.annotation) is Literal else "x"
+        for key, field in cls.model_fields.items()
+        if field.is_required()
+    }
     return cls.model_validate({**required, **options})
 
 

@@ -1,0 +1,52 @@
+"""Make, model, type and year out of names such as "AM General Hummer SUV 2000"."""
+
+from collections.abc import Sequence
+
+MAKES = ("AM General", "Aston Martin", "Land Rover")
+"""Makes of two words; all others are the first word."""
+
+TYPES = (
+    "Regular Cab",
+    "Extended Cab",
+    "Crew Cab",
+    "Club Cab",
+    "Quad Cab",
+    "SuperCab",
+    "Cab",
+    "Convertible",
+    "Coupe",
+    "Hatchback",
+    "Minivan",
+    "Sedan",
+    "SUV",
+    "Van",
+    "Wagon",
+)
+"""Body types as they end a name, longer ones before their own endings."""
+
+
+def car_metadata(names: Sequence[str]) -> dict[str, list[str]]:
+    """Columns name, full_name, make, model, type, category and year of car classes.
+
+    `category` is the general word for the type (a Crew Cab is a pickup); what a name does not say
+    is "".
+    """
+    rows = [_parts(name) for name in names]
+    columns = ("make", "model", "type", "category", "year")
+    return {
+        "name": list(names),
+        "full_name": list(names),
+        **{column: [row[number] for row in rows] for number, column in enumerate(columns)},
+    }
+
+
+def _parts(name: str) -> tuple[str, str, str, str, str]:
+    words = name.split()
+    year = words.pop() if words and len(words[-1]) == 4 and words[-1].isdigit() else ""
+    rest = " ".join(words)
+    make = next((two for two in MAKES if rest.startswith(two + " ")), words[0] if words else "")
+    rest = rest.removeprefix(make).strip()
+    body = next((kind for kind in TYPES if f" {rest}".endswith(" " + kind)), "")
+    model = rest.removesuffix(body).strip()
+    category = "pickup" if body.endswith("Cab") else body.lower() if body != "SUV" else body
+    return make, model or rest, body, category, year

@@ -93,9 +93,10 @@ class CachePlan:
             f"{len(self.shards)} shards"
         ]
         sizes = {plan.path: plan.num_bytes for plan in self.arrays}
+        width = max(16, *map(len, sizes))
         for plan in self.arrays:
             shape = " x ".join(str(size) for size in plan.shape)
-            line = f"  {plan.path:<16} {shape} {plan.dtype}, {human_bytes(plan.num_bytes)}"
+            line = f"  {plan.path:<{width}} {shape} {plan.dtype}, {human_bytes(plan.num_bytes)}"
             if plan.dtype == "int8":
                 whole = plan.num_bytes + sizes[plan.path + SCALE]
                 half = replace(plan, dtype="float16")
@@ -104,7 +105,7 @@ class CachePlan:
                     f"{human_bytes(half.num_bytes)})"
                 )
             lines.append(line)
-        return "\n".join([*lines, f"  total            {human_bytes(self.num_bytes)}"])
+        return "\n".join([*lines, f"  {'total':<{width}} {human_bytes(self.num_bytes)}"])
 
 
 def check_plan(plan: CachePlan) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from featcache import growth, swap
 from featcache.backbones.base import Backbone
@@ -26,7 +26,7 @@ from featcache.extract_config import (
     ViewOptions,
     check_whole_batches,
 )
-from featcache.extraction import Extraction, image_source, request_of
+from featcache.extraction import Extraction, first_captions, image_source, request_of
 from featcache.identity import (
     FeatureIdentity,
     Identity,
@@ -36,7 +36,7 @@ from featcache.identity import (
 )
 from featcache.manifest import Manifest
 from featcache.pipeline import BatchReader
-from featcache.precision import PrecisionChoice, open_checked, resolve_device
+from featcache.precision import PrecisionChoice, Sample, open_checked, resolve_device
 from featcache.sharding import feature_arrays, kept_grid, shard_rows_for, shards_for
 from featcache.store import (
     CachePlan,
@@ -257,8 +257,9 @@ def _open_backbone(
 
 def _samples(
     config: ExtractConfig, manifest: Manifest, backbone: Backbone, batch_size: int
-) -> Iterator[tuple[Tensor, list[int]]]:
-    """The first batches that hold readable images: their plain view, and where the images are."""
+) -> Iterator[Sample]:
+    """The first batches that hold readable images, in their plain view."""
+    joint = config.features.multimodal != "none" or config.features.itm
     reader = BatchReader(
         image_source(config, manifest, backbone), batch_size, config.reader_threads
     )
@@ -266,8 +267,15 @@ def _samples(
     for batch in reader.batches(manifest.block(0, stop)):
         rows = range(batch.start, batch.stop)
         positions = [row - batch.start for row in rows if row not in batch.reasons]
-        if positions:
-            yield batch.pixels[:, 0], positions
+        if not positions:
+            continue
+        texts, captioned = None, list[int]()
+        if joint:
+            captions = first_captions(manifest, np.asarray(rows))
+            texts = config.text_policy([caption or "" for caption in captions])
+            texts = [*texts, *[""] * (batch_size - len(texts))]
+            captioned = [place for place in positions if captions[place] is not None]
+        yield Sample(batch.pixels[:, 0], positions, texts, captioned)
 
 
 def _features(config: ExtractConfig, manifest: Manifest) -> FeatureIdentity:
@@ -280,18 +288,30 @@ def _features(config: ExtractConfig, manifest: Manifest) -> FeatureIdentity:
     tokens: TokenDtype | None = None
     if features.tokens != "none":
         tokens = storage if features.token_dtype == "auto" else features.token_dtype
+    reads_text = (not image_only if features.text is None else features.text) and (
+        manifest.num_captions > 0
+    )
+    joint = features.multimodal != "none" or features.itm
+    if joint and not manifest.num_captions:
+        raise ConfigError(
+            f"features.multimodal {features.multimodal} and features.itm {features.itm} need "
+            f"captions, and the {manifest.kind} dataset has none; python -m featcache.caption "
+            "writes some"
+        )
     return FeatureIdentity(
         projected=not image_only if features.projected is None else features.projected,
         pooled=image_only if features.pooled is None else features.pooled,
         tokens=features.tokens,
         token_layer=features.token_layer if features.tokens != "none" else -1,
-        text=(not image_only if features.text is None else features.text)
-        and manifest.num_captions > 0,
+        text=reads_text,
         storage_dtype=storage,
         num_views=views.num_views,
         view_seed=views.seed if augmented else 0,
         view_scale=views.scale if augmented else 1.0,
         token_dtype=tokens,
+        multimodal=features.multimodal,
+        itm=features.itm,
+        text_policy=config.text_policy.name if reads_text or joint else "raw",
     )
 
 

@@ -11,10 +11,11 @@ from featcache.backbones.open_clip import OpenClipConfig
 from featcache.config import Config
 from featcache.datasets import AnyDataset
 from featcache.errors import ConfigError
-from featcache.identity import Precision, StorageDtype, TokenDtype
+from featcache.identity import Multimodal, Precision, StorageDtype, TokenDtype
 from featcache.images import PixelMode
 from featcache.precision import PrecisionChoice
 from featcache.storage import CachePath
+from featcache.text_input import AUTO, PATTERN, TextPolicy, open_policy
 
 
 class FeatureOptions(Config):
@@ -39,14 +40,25 @@ class FeatureOptions(Config):
     text: bool | None = None
     """Keep caption features, (M, P); unset = if the dataset has captions and the backbone reads
     text."""
+    multimodal: Multimodal = "none"
+    """Keep what the joint encoder (blip) makes of each image and its first caption: none; pooled =
+    its first token, (N, W); states = all T text tokens, (N, T, W), with their mask, and pooled."""
+    itm: bool = False
+    """Keep matching logits of each image and its first caption (blip), (N, 2): no match, match."""
+    text_policy: str = Field(default=AUTO, pattern=PATTERN)
+    """How a caption becomes the text tower's input: raw; picture_of = "a picture of " before it;
+    MODULE:FUNCTION of yours; contains:MODULE:FUNCTION = "The photo contains a, b." of the phrases
+    that it finds; auto = the backbone's own (picture_of for blip, otherwise raw)."""
     storage_dtype: Literal["auto"] | StorageDtype = "auto"
     """Type on disk: float16 or float32; auto = float16, or float32 with `reference`."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.projected is False and not self.pooled and self.tokens == "none":
+        joint = self.multimodal != "none" or self.itm
+        if self.projected is False and not self.pooled and self.tokens == "none" and not joint:
             raise ValueError(
-                "projected False, pooled False and tokens none keep nothing; set one of them"
+                "projected False, pooled False, tokens none, multimodal none and itm False keep "
+                "nothing; set one of them"
             )
         if self.tokens.startswith("before_last:") and self.token_layer != -1:
             raise ValueError(
@@ -141,6 +153,16 @@ class ExtractConfig(Config):
     def pixel_mode(self) -> PixelMode:
         """How files are decoded and resized, `reference` taken into account."""
         return "reference" if self.reference else self.mode
+
+    @property
+    def text_policy(self) -> TextPolicy:
+        """How captions become texts, `auto` resolved.
+
+        Raises:
+            ConfigError: if it names a function that cannot be imported.
+        """
+        name = self.features.text_policy
+        return open_policy(self.backbone.default_text_policy if name == AUTO else name)
 
     @property
     def reader_threads(self) -> int:

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,9 @@ from featcache.pipeline import Batch, BatchReader, ImageSource, Progress, ShardW
 from featcache.quantize import SCALE, quantize
 from featcache.row_block import RowBlock
 from featcache.store import Shard, ShardKind, Store
+
+JOINT = frozenset({"multimodal", "multimodal_mask", "multimodal_pooled", "itm"})
+"""Image features that depend on the row's first caption, and are missing without one."""
 
 
 class Extraction:
@@ -53,6 +57,7 @@ class Extraction:
         self.path = config.cache
         self.batch_size = batch_size
         self.identity = store.identity
+        self._policy = config.text_policy
         self.timings = Timings()
         self._resources = resources
         self._lock = threading.Lock()
@@ -243,18 +248,23 @@ class Extraction:
         """
         num_rows = batch.stop - batch.start
         pixels = batch.pixels if padded else batch.pixels[:num_rows]
+        request = request_of(self.identity.features)
+        texts, captioned = None, np.ones(num_rows, np.bool_)
+        if request.joint:
+            captions = first_captions(self.manifest, rows)
+            captioned = np.asarray([caption is not None for caption in captions])
+            texts = self._policy([caption or "" for caption in captions])
         with self._lock:
             began = time.perf_counter()
-            arrays = encode_views(
-                self.backbone, pixels, request_of(self.identity.features), num_rows
-            )
+            arrays = encode_views(self.backbone, pixels, request, num_rows, texts)
             timings.encode_seconds += time.perf_counter() - began
             timings.rows += num_rows
             timings.read_seconds += batch.busy_seconds / self.config.reader_threads
             self._report_progress("image", num_rows, timings)
         stored: dict[str, npt.NDArray[Any]] = {}
         for name, values in arrays.items():
-            stored |= self._stored(f"image/{name}", values, batch.valid, rows)
+            valid = batch.valid & captioned if name in JOINT else batch.valid
+            stored |= self._stored(f"image/{name}", values, valid, rows)
         return stored
 
     def _extract_text(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
@@ -271,7 +281,7 @@ class Extraction:
         self, texts: list[str], rows: npt.NDArray[np.int64], timings: Timings
     ) -> dict[str, npt.NDArray[Any]]:
         """Features of n captions, `rows` among all, as they go to disk."""
-        padded = texts + [""] * (self.batch_size - len(texts))
+        padded = self._policy(texts) + [""] * (self.batch_size - len(texts))
         with self._lock:
             began = time.perf_counter()
             values = self.backbone.encode_text(padded)[: len(texts)].cpu().numpy()
@@ -288,11 +298,14 @@ class Extraction:
     def _stored(
         self,
         name: str,
-        values: npt.NDArray[np.float32],
+        values: npt.NDArray[Any],
         valid: npt.NDArray[np.bool_],
         rows: npt.NDArray[np.int64],
     ) -> dict[str, npt.NDArray[Any]]:
-        """Rows as they go to disk, by array: unreadable ones NaN, others checked to be finite."""
+        """Rows as they go to disk, by array: those not `valid` NaN, others checked to be finite."""
+        if values.dtype == np.bool_:
+            values[~valid] = False
+            return {name: values}
         kind, feature = name.split("/")
         dtype = self.identity.features.dtype_of(feature)
         limits = np.finfo(np.float32 if dtype == "int8" else dtype)
@@ -323,6 +336,23 @@ class Extraction:
         return {name: values.astype(dtype)}
 
 
+def first_captions(manifest: Manifest, rows: npt.NDArray[np.int64]) -> list[str | None]:
+    """The first caption of each row, None where there is none.
+
+    Args:
+        manifest: the dataset.
+        rows: (n,) row numbers; consecutive ones are read together.
+    """
+    captions: list[str | None] = []
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        if not len(run):
+            continue
+        block = manifest.block(int(run[0]), int(run[-1]) + 1)
+        for start, stop in pairwise(block.caption_offsets.tolist()):
+            captions.append(block.captions[start] if stop > start else None)
+    return captions
+
+
 def invalid_rows(block: RowBlock, reasons: Mapping[int, str]) -> list[dict[str, Any]]:
     """Row number, id, path and reason of unreadable images.
 
@@ -342,8 +372,12 @@ def invalid_rows(block: RowBlock, reasons: Mapping[int, str]) -> list[dict[str, 
 
 
 def encode_views(
-    backbone: Backbone, pixels: Tensor, request: FeatureRequest, rows: int
-) -> dict[str, npt.NDArray[np.float32]]:
+    backbone: Backbone,
+    pixels: Tensor,
+    request: FeatureRequest,
+    rows: int,
+    texts: Sequence[str] | None = None,
+) -> dict[str, npt.NDArray[Any]]:
     """Features of a batch of V views, each view a batch of its own.
 
     Args:
@@ -351,18 +385,29 @@ def encode_views(
         pixels: (B, V, 3, H, W) as `encode_image` takes them.
         request: which features.
         rows: rows of the batch to return.
+        texts: a text for each of them; needed by the joint encoder only.
 
     Returns:
-        float32 arrays (rows, ...) by feature, with a view axis behind the rows if V > 1.
+        float32 (a mask: bool) arrays (rows, ...) by feature, with a view axis behind the rows if
+        V > 1.
     """
+    if texts is not None:
+        texts = [*texts, *[""] * (len(pixels) - rows)]
     views = [
-        {name: t[:rows].cpu().numpy() for name, t in backbone.encode_image(view, request).items()}
+        {
+            name: t[:rows].cpu().numpy()
+            for name, t in backbone.encode_image(view, request, texts).items()
+        }
         for view in pixels.unbind(1)
     ]
     wanted = {
         "projected": request.projected,
         "pooled": request.pooled,
         "tokens": request.tokens,
+        "multimodal": request.multimodal == "states",
+        "multimodal_mask": request.multimodal == "states",
+        "multimodal_pooled": request.multimodal != "none",
+        "itm": request.itm,
     }
     names = [name for name, asked in wanted.items() if asked]
     if len(views) == 1:
@@ -391,4 +436,6 @@ def request_of(features: FeatureIdentity) -> FeatureRequest:
         token_pool=features.token_pool,
         token_layer=features.token_layer,
         before_last=features.before_last,
+        multimodal=features.multimodal,
+        itm=features.itm,
     )

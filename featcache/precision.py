@@ -6,6 +6,7 @@ on real images, and float32 is taken if they disagree: both the figure and the c
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -52,13 +53,30 @@ def fastest_precision(device: torch.device) -> Precision:
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A batch of real images to compare encoders on.
+
+    Attributes:
+        pixels: (B, 3, H, W) as `Backbone.encode_image` takes them.
+        positions: places in the batch that hold a readable image.
+        texts: B texts for the joint encoder; None if it is not compared.
+        captioned: those of `positions` whose text is a caption.
+    """
+
+    pixels: Tensor
+    positions: list[int]
+    texts: list[str] | None = None
+    captioned: list[int] = field(default_factory=list)
+
+
 def open_checked(
     config: BackboneConfig,
     device: torch.device,
     choice: PrecisionChoice,
     request: FeatureRequest,
     min_cosine: float,
-    samples: Callable[[Backbone], Iterator[tuple[Tensor, list[int]]]],
+    samples: Callable[[Backbone], Iterator[Sample]],
 ) -> tuple[Backbone, float | None, str]:
     """The backbone in the arithmetic that `choice` leads to, checked on real images.
 
@@ -68,8 +86,7 @@ def open_checked(
         choice: `auto`, or a fixed arithmetic.
         request: features to compare.
         min_cosine: smallest cosine to float32 that is accepted, over images and features.
-        samples: from a backbone to pixels (B, 3, H, W) and the positions in the batch that are
-            images; the first pair is used.
+        samples: from a backbone to batches of images; the first one is used.
 
     Returns:
         The backbone; the smallest cosine found, None if nothing was compared; a line for the log.
@@ -84,15 +101,11 @@ def open_checked(
     sample = next(samples(exact), None)
     if sample is None:  # nothing can be read: whatever is chosen, the extraction will say so
         return exact, None, f"fp32 on {device} (no readable image to check {precision} with)"
-    pixels, positions = sample
-    expected = exact.encode_image(pixels, request)
     fast = config.open(str(device), precision)
-    found = fast.encode_image(pixels, request)
-    cosine = min(
-        float(cosine_similarity(found[name][positions], expected[name][positions], dim=-1).min())
-        for name in expected
-    )
-    compared = f"smallest cosine to fp32 over {len(positions)} images: {cosine:.6f}"
+    cosine = _smallest_cosine(fast, exact, request, sample)
+    if cosine is None:
+        return exact, None, f"fp32 on {device} (no readable image to check {precision} with)"
+    compared = f"smallest cosine to fp32 over {len(sample.positions)} images: {cosine:.6f}"
     if cosine >= min_cosine:
         return fast, cosine, f"{precision} on {device} ({compared})"
     if choice == "auto":
@@ -101,3 +114,22 @@ def open_checked(
         f"precision {precision} differs from fp32 by more than min_cosine {min_cosine} allows "
         f"({compared}); set precision fp32, or lower min_cosine"
     )
+
+
+def _smallest_cosine(
+    fast: Backbone, exact: Backbone, request: FeatureRequest, sample: Sample
+) -> float | None:
+    """Over images and features; None if there is nothing to compare.
+
+    Of the joint encoder only the first token counts: padding means nothing, and two logits have no
+    direction.
+    """
+    joint = request.joint and bool(sample.captioned)
+    request = replace(request, multimodal="pooled" if joint else "none", itm=False)
+    texts = sample.texts if joint else None
+    found, expected = (one.encode_image(sample.pixels, request, texts) for one in (fast, exact))
+    cosines = []
+    for name, values in expected.items():
+        places = sample.captioned if name == "multimodal_pooled" else sample.positions
+        cosines.append(cosine_similarity(found[name][places], values[places], dim=-1).min())
+    return float(min(cosines)) if cosines else None

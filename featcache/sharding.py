@@ -92,12 +92,24 @@ def feature_arrays(
     if features.tokens != "none":
         assert spec.token_dim is not None
         shapes["image/tokens"] = (num_rows, *views, num_tokens(features, spec), spec.token_dim)
+    if features.multimodal != "none" or features.itm:
+        assert spec.joint is not None
+        length, width = spec.joint
+        if features.multimodal == "states":
+            shapes["image/multimodal"] = (num_rows, *views, length, width)
+            shapes["image/multimodal_mask"] = (num_rows, *views, length)
+        if features.multimodal != "none":
+            shapes["image/multimodal_pooled"] = (num_rows, *views, width)
+        if features.itm:
+            shapes["image/itm"] = (num_rows, *views, 2)
     if features.text:
         shapes["text/projected"] = (num_captions, spec.projected_dim)
     dtypes: dict[str, str] = {path: features.dtype_of(path.partition("/")[2]) for path in shapes}
     if dtypes.get("image/tokens") == "int8":
         path = "image/tokens" + SCALE
         shapes[path], dtypes[path] = shapes["image/tokens"][:-1], "float32"
+    if "image/multimodal_mask" in dtypes:
+        dtypes["image/multimodal_mask"] = "bool"
     plans = []
     for path, shape in shapes.items():
         row_bytes = np.dtype(dtypes[path]).itemsize

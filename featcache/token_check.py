@@ -4,25 +4,24 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from featcache.backbones.base import Backbone, FeatureRequest
 from featcache.identity import FeatureIdentity
+from featcache.precision import Sample
 from featcache.quantize import TokenError, as_stored, measure, smallest_cosine
 
 
 def token_error(
     backbone: Backbone,
     features: FeatureIdentity,
-    samples: Iterator[tuple[Tensor, list[int]]],
+    samples: Iterator[Sample],
 ) -> TokenError | None:
     """The error of stored tokens against the encoder's own.
 
     Args:
         backbone: the encoder.
         features: what the cache will hold.
-        samples: pixels (B, 3, H, W) and the positions in the batch that are images; the first pair
-            is used.
+        samples: batches of images; the first one is used.
 
     Returns:
         None where there is nothing to say: float16 or float32 patch tokens, no readable image, or
@@ -34,7 +33,7 @@ def token_error(
     sample = next(samples, None)
     if sample is None:
         return None
-    pixels, positions = sample
+    pixels, positions = sample.pixels, sample.positions
     spec = backbone.spec
     request = FeatureRequest(
         projected=spec.projected_dim > 0,

@@ -23,7 +23,11 @@ CARVE = "carve"
 _SCAN_ROWS = 65_536
 _SCAN_VALUES = 1 << 28
 """Most numbers looked at together: 1 GiB of float32, which tokens reach with far fewer rows."""
-_FLAGS = {"projected": "--features.projected", "pooled": "--features.pooled"}
+_FLAGS = {
+    "projected": "--features.projected",
+    "pooled": "--features.pooled",
+    "multimodal_pooled": "--features.multimodal pooled",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -352,6 +356,12 @@ class FeatureTable:
             good = torch.isfinite(part.flatten(1)).all(1)
             if not good.all():
                 row = int(self.rows[start + int((~good).nonzero()[0])])
+                if self.array.name.startswith("image/multimodal"):
+                    raise CacheError(
+                        f"{self.array.name}: row {row} of the cache has no caption, so the joint "
+                        "encoder has no features of it; caption all images (python -m "
+                        "featcache.caption) and extract again, or choose another head.feature"
+                    )
                 raise CacheError(
                     f"{self.array.name}: row {row} of the cache is valid but holds NaN or "
                     "infinity; extract again with --features.storage_dtype float32"

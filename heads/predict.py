@@ -293,7 +293,15 @@ def feature_request(name: str, identity: Identity) -> FeatureRequest:
     Args:
         name: projected, pooled or tokens.
         identity: of the cache.
+
+    Raises:
+        ConfigError: for features that image files alone do not give.
     """
+    if name.startswith("multimodal"):
+        raise ConfigError(
+            "images: the head reads features of images together with their captions, and image "
+            "files have none; extract a cache of them with captions and give --cache"
+        )
     features = identity.features
     return FeatureRequest(
         projected=name == "projected",

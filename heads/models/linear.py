@@ -35,9 +35,9 @@ class LinearConfig(HeadConfig):
 
     kind: Literal["linear"] = "linear"
     """Head kind."""
-    feature: Literal["projected", "pooled"] = "projected"
+    feature: Literal["projected", "pooled", "multimodal"] = "projected"
     """projected = features after the projection into the space shared with text; pooled = the wider
-    ones before it."""
+    ones before it; multimodal = the joint encoder's of each image and its first caption (blip)."""
     scaling: Scaling = "standard"
     """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
     norm 1, times the root of the width; none = as stored."""
@@ -50,7 +50,8 @@ class LinearConfig(HeadConfig):
 
     def arrays(self) -> tuple[str, ...]:
         """The array that `feature` names."""
-        return (f"image/{self.feature}",)
+        name = "multimodal_pooled" if self.feature == "multimodal" else self.feature
+        return (f"image/{name}",)
 
     def wants_statistics(self) -> bool:
         """True for `scaling=standard`."""

@@ -1,0 +1,313 @@
+"""BLIP through the extraction: what lands in a cache, and what heads make of it."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from featcache.backbones.blip import BlipConfig
+from featcache.backbones.open_clip import OpenClipConfig
+from featcache.errors import BackboneError, CacheError, CacheMismatchError, ConfigError
+from featcache.extract import ExtractConfig, run
+from featcache.extraction import Extraction
+from featcache.precision import Sample, open_checked
+from featcache.reader import open_cache
+from featcache.text_input import picture_of
+from heads.predict import PredictConfig
+from heads.predict import run as predict
+from heads.train import TrainConfig
+from heads.train import run as train
+
+JOINT = {"multimodal": "states", "itm": True, "storage_dtype": "float32"}
+NAMES = ("image/multimodal", "image/multimodal_mask", "image/multimodal_pooled", "image/itm")
+CAPTIONS = ["A cat on the mat.", "THE DOG", "A photo of a cat, a dog and the mat, a picture of it"]
+
+
+@pytest.fixture
+def captioned(image_folder):
+    """CSV over the image folder: none, one or two captions an image."""
+    lines = ["path,label,split,captions"]
+    for number, file in enumerate(sorted(image_folder.rglob("*.jpg"))):
+        path = file.relative_to(image_folder).as_posix()
+        split, label, _ = path.split("/")
+        captions = [CAPTIONS[(number + i) % 3] for i in range(number % 3)]
+        cell = json.dumps(captions).replace('"', '""')
+        lines.append(f'{path},{label},{split},"{cell}"')
+    file = image_folder / "rows.csv"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture
+def make(captioned, tiny_blip, tmp_path):
+    """Configuration of an extraction; keywords override."""
+
+    def build(cache="cache", **changes):
+        values = {
+            "dataset": {"kind": "table", "file": str(captioned), "root": str(captioned.parent)},
+            "backbone": {"kind": "blip", "model": str(tiny_blip), "max_text_tokens": 12},
+            "cache": str(tmp_path / cache),
+            "device": "cpu",
+            "precision": "fp32",
+            "batch_size": 4,
+            "num_readers": 2,
+            "features": JOINT,
+            **changes,
+        }
+        return ExtractConfig.model_validate(values)
+
+    return build
+
+
+def first_captions(cache):
+    offsets, captions = cache.captions
+    return [captions[start] if stop > start else None for start, stop in pairwise(offsets.tolist())]
+
+
+@torch.no_grad()
+def test_a_cache_holds_what_the_model_gives_for_each_image_and_its_first_caption(make, tiny_blip):
+    from transformers import BertTokenizer, BlipForImageTextRetrieval, BlipImageProcessor
+
+    config = make(mode="reference")
+    assert run(config).num_captions == 14 // 3 * 3 + 1
+    cache = open_cache(config.cache)
+    model = BlipForImageTextRetrieval.from_pretrained(tiny_blip, local_files_only=True).eval()
+    tokenizer = BertTokenizer.from_pretrained(tiny_blip, local_files_only=True)
+    processor = BlipImageProcessor.from_pretrained(tiny_blip, local_files_only=True)
+    states, mask, pooled, itm = (cache.array(name).read() for name in NAMES)
+    assert (states.shape, mask.shape, mask.dtype) == ((14, 12, 32), (14, 12), bool)
+    captions = first_captions(cache)
+    assert 0 < sum(caption is None for caption in captions) < 14
+    for row, caption in enumerate(captions):
+        image = Image.open(config.dataset.root / cache.paths[row])
+        values = processor(images=image, return_tensors="pt")["pixel_values"]
+        if caption is None:
+            assert np.isnan(states[row]).all()
+            assert np.isnan(pooled[row]).all()
+            assert np.isnan(itm[row]).all()
+            assert not mask[row].any()
+            caption = ""
+        inputs = tokenizer(
+            [picture_of(caption)],
+            padding="max_length",
+            truncation=True,
+            max_length=12,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+        feature = torch.from_numpy(cache.array("image/projected").read(np.asarray([row])))
+        contrast = model(pixel_values=values, use_itm_head=False, **inputs)
+        if captions[row] is not None:
+            expected = model(pixel_values=values, use_itm_head=True, **inputs)
+            close(states[row], expected.question_embeds[0])
+            close(pooled[row], expected.question_embeds[0, 0])
+            close(itm[row], expected.itm_score[0])
+            assert mask[row].tolist() == inputs["attention_mask"][0].bool().tolist()
+            first = int(cache.captions[0][row])
+            text = torch.from_numpy(cache.array("text/projected").read(np.asarray([first])))
+            cosine = normalize(feature, dim=-1) @ normalize(text, dim=-1).T
+            close(cosine.numpy(), contrast.itm_score)
+    assert cache.valid.all()
+    assert cache.identity.features.text_policy == "picture_of"
+    assert cache.attributes["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_plan_names_the_arrays_and_their_sizes(make, capsys):
+    run(make(features={"multimodal": "states", "itm": True}))
+    shown = capsys.readouterr().out
+    assert "image/multimodal 14 x 12 x 32 float16" in " ".join(shown.split())
+    assert "image/multimodal_mask 14 x 12 bool" in " ".join(shown.split())
+    assert "image/itm 14 x 2 float16" in " ".join(shown.split())
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(make, monkeypatch):
+    whole, part = make("whole"), make("part", shard_rows=4, num_readers=1)
+    run(whole)
+    encode, calls = Extraction._encode_batch, []
+
+    def cut(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(Extraction, "_encode_batch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(part)
+    monkeypatch.undo()
+    assert run(part).num_extracted == 6
+    one, other = open_cache(whole.cache), open_cache(part.cache)
+    for name in (*NAMES, "image/projected", "text/projected"):
+        assert np.array_equal(one.array(name).read(), other.array(name).read(), equal_nan=True)
+
+
+def test_pooled_alone_and_views(make):
+    both = make("both")
+    run(both)
+    pooled = make("pooled", features={"multimodal": "pooled", "projected": False, "text": False})
+    run(pooled)
+    cache = open_cache(pooled.cache)
+    assert cache.feature_names() == ["image/multimodal_pooled"]
+    expected = open_cache(both.cache).array("image/multimodal_pooled").read()
+    found = cache.array("image/multimodal_pooled").read()
+    assert np.allclose(found, expected, atol=5e-3, equal_nan=True)
+    views = make("views", views={"num_views": 2})
+    run(views)
+    cache = open_cache(views.cache)
+    assert cache.array("image/multimodal").shape == (14, 2, 12, 32)
+    plain = cache.array("image/multimodal_pooled").read(view=0)
+    np.testing.assert_allclose(plain, expected, atol=1e-5)
+    other = cache.array("image/multimodal_pooled").read(view=1)
+    assert np.nanmax(np.abs(other - plain)) > 1e-3
+
+
+def test_an_unreadable_image_is_missing_everywhere(make, captioned):
+    (captioned.parent / "train/cat/02.jpg").write_bytes(b"no image")
+    config = make(max_invalid=0.5)
+    assert run(config).num_invalid == 1
+    cache = open_cache(config.cache)
+    row = cache.paths.index("train/cat/02.jpg")
+    assert not cache.valid[row]
+    assert not cache.array("image/multimodal_mask").read()[row].any()
+    assert np.isnan(cache.array("image/itm").read()[row]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": {**JOINT, "text_policy": "raw"}}, "features.text_policy differs: .*'pict"),
+        ({"features": {**JOINT, "itm": False}}, "features.itm differs"),
+    ],
+)
+def test_another_text_is_another_cache(make, changes, message):
+    run(make())
+    with pytest.raises(CacheMismatchError, match=message):
+        run(make(**changes))
+
+
+def test_options_of_the_backbone_are_named_when_they_differ(make, tiny_blip):
+    run(make())
+    backbone = {"kind": "blip", "model": str(tiny_blip), "max_text_tokens": 10}
+    with pytest.raises(CacheMismatchError, match=r"backbone.options.max_text_tokens .* 12, .* 10"):
+        run(make(backbone=backbone))
+
+
+def test_joint_features_need_captions_and_a_joint_encoder(make, image_folder, tiny_clip):
+    folder = {"kind": "folder", "root": str(image_folder)}
+    with pytest.raises(ConfigError, match=r"need captions, and the folder dataset has none"):
+        run(make(dataset=folder))
+    plain = make("plain", dataset=folder, features={})
+    run(plain)
+    assert open_cache(plain.cache).identity.features.text_policy == "raw"
+    with pytest.raises(BackboneError, match="no joint encoder"):
+        run(make("clip", backbone={"model": f"local-dir:{tiny_clip}"}))
+    with pytest.raises(ValueError, match="keep nothing; set one of them"):
+        make(features={"projected": False})
+
+
+def test_policies_work_for_every_backbone(make, tiny_clip, tmp_path, monkeypatch):
+    (tmp_path / "my_phrases.py").write_text(
+        "def words(captions):\n    return [caption.split()[:2] for caption in captions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    clip = OpenClipConfig(model=f"local-dir:{tiny_clip}").open()
+    policies = {
+        "raw": CAPTIONS[1],
+        "auto": CAPTIONS[1],
+        "picture_of": "a picture of the dog",
+        "contains:my_phrases:words": "The photo contains THE, DOG.",
+    }
+    for number, (policy, text) in enumerate(policies.items()):
+        config = make(
+            f"clip{number}",
+            backbone={"model": f"local-dir:{tiny_clip}"},
+            features={"text_policy": policy, "storage_dtype": "float32"},
+        )
+        run(config)
+        cache = open_cache(config.cache)
+        row = cache.captions[1].index(CAPTIONS[1])
+        found = cache.array("text/projected").read()[row]
+        np.testing.assert_allclose(found, clip.encode_text([text])[0], atol=1e-5)
+        recorded = cache.identity.features.text_policy
+        assert recorded.partition("#")[0] == ("raw" if policy == "auto" else policy)
+    (tmp_path / "my_phrases.py").write_text("def words(captions):\n    return captions\n")
+    with pytest.raises(CacheMismatchError, match=r"features.text_policy differs"):
+        run(config)
+
+
+def test_a_fast_precision_is_checked_on_the_joint_encoder_too(tiny_blip, make_photo):
+    config = BlipConfig(model=str(tiny_blip), max_text_tokens=12)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    sample = Sample(pixels, [0, 1, 2], ["a cat", "", "the dog", ""], [0, 2])
+    asked = make_request()
+    opened, cosine, _ = open_checked(
+        config, torch.device("cpu"), "bf16", asked, 0.5, lambda _: iter([sample])
+    )
+    assert opened.precision == "bf16"
+    exact = config.open().encode_image(pixels, asked, sample.texts)
+    fast = opened.encode_image(pixels, asked, sample.texts)
+    cosines = [
+        torch.cosine_similarity(exact[name][rows], fast[name][rows], dim=-1).min()
+        for name, rows in (("projected", [0, 1, 2]), ("multimodal_pooled", [0, 2]))
+    ]
+    assert cosine == pytest.approx(float(min(cosines)), abs=1e-6)
+    with pytest.raises(BackboneError, match="differs from fp32"):
+        open_checked(config, torch.device("cpu"), "bf16", asked, 1.0, lambda _: iter([sample]))
+
+
+def make_request():
+    from featcache.backbones.base import FeatureRequest
+
+    return FeatureRequest(multimodal="states", itm=True)
+
+
+def test_heads_run_on_a_blip_cache(make, captioned, tmp_path, capsys):
+    config = make(features={"multimodal": "pooled"})
+    run(config)
+    options = {"cache": str(config.cache), "device": "cpu", "val_split": "val", "quiet": True}
+
+    def trained(name, **head):
+        values = {**options, "head": head, "run": str(tmp_path / name)}
+        return train(TrainConfig.model_validate(values))
+
+    linear = trained("linear", kind="linear")
+    trained("zero", kind="zero_shot", templates=["a photo of the {name}."])
+    images = {"images": str(captioned.parent / "val"), "device": "cpu", "quiet": True}
+    table = predict(
+        PredictConfig.model_validate(
+            {**images, "run": str(linear.run), "out": str(tmp_path / "out.csv")}
+        )
+    ).table
+    assert len(table) == 4
+    with pytest.raises(CacheError, match=r"row \d+ of the cache has no caption"):
+        trained("joint", kind="linear", feature="multimodal")
+
+
+def test_a_head_on_joint_features_predicts_cached_rows_only(make, captioned, tmp_path):
+    lines = captioned.read_text().replace('"[]"', '"[""a dog""]"')
+    captioned.write_text(lines)
+    config = make(features={"multimodal": "pooled"})
+    run(config)
+    values = {"cache": str(config.cache), "device": "cpu", "val_split": "val", "quiet": True}
+    head = {"kind": "linear", "feature": "multimodal"}
+    report = train(
+        TrainConfig.model_validate({**values, "head": head, "run": str(tmp_path / "joint")})
+    )
+    asked = {"run": str(report.run), "device": "cpu", "quiet": True}
+    cached = PredictConfig.model_validate(
+        {**asked, "cache": str(config.cache), "out": str(tmp_path / "cached.csv")}
+    )
+    assert len(predict(cached).table) == 14
+    files = PredictConfig.model_validate(
+        {**asked, "images": str(captioned.parent / "val"), "out": str(tmp_path / "files.csv")}
+    )
+    with pytest.raises(ConfigError, match="image files have none"):
+        predict(files)

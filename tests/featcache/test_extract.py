@@ -392,8 +392,8 @@ def test_values_that_float16_cannot_hold_name_the_image(make, monkeypatch):
 
     encode = extraction.encode_views
 
-    def huge(backbone, pixels, request, rows):
-        arrays = encode(backbone, pixels, request, rows)
+    def huge(backbone, pixels, request, rows, texts):
+        arrays = encode(backbone, pixels, request, rows, texts)
         arrays["projected"][1, 3] = self_value
         return arrays
 

@@ -240,7 +240,7 @@ def test_a_dry_run_tells_sizes_and_error_and_writes_nothing(make, capsys):
     half = 16 * LENGTH * WIDTH * 2 + 4
     kilo = [f"{number / 1000:.1f} kB" for number in (codes, codes + scales, half)]
     assert (
-        f"image/tokens     14 x 17 x 64 int8, {kilo[0]} ({kilo[1]} with scales; float16 would "
+        f"image/tokens       14 x 17 x 64 int8, {kilo[0]} ({kilo[1]} with scales; float16 would "
         f"take {kilo[2]})" in out
     )
     assert "int8 tokens of the first 4 images: relative RMS error" in out
@@ -292,7 +292,7 @@ def test_places_that_the_tower_does_not_have(make):
 
 
 def test_tokens_too_large_for_float16_say_which_option_helps(make, monkeypatch):
-    def huge(backbone, pixels, request, rows):
+    def huge(backbone, pixels, request, rows, texts):
         return {"tokens": np.full((rows, LENGTH, WIDTH), 7e4, np.float32)}
 
     monkeypatch.setattr("featcache.extraction.encode_views", huge)

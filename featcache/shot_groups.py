@@ -38,7 +38,7 @@ def group_names(
 ) -> list[str]:
     """C group names by training images; see `shot_groups`."""
     low, high = boundaries
-    return np.where(counts >= high, "head", np.where(counts >= low, "medium", "tail")).tolist()
+    return ["head" if n >= high else "medium" if n >= low else "tail" for n in counts.tolist()]
 
 
 def stated_groups(classes: pd.DataFrame) -> list[str] | None:

@@ -163,7 +163,8 @@ def _rows(file: Path, notes: pa.Table, ids: pa.Array) -> npt.NDArray[np.int64]:
             f"{file}: {index.null_count} annotations are of images that are not listed, the first "
             f"of image_id {first}; use the images and annotations of one release"
         )
-    return index.to_numpy().astype(np.int64)
+    rows: npt.NDArray[np.int64] = index.to_numpy().astype(np.int64)
+    return rows
 
 
 def _lists(rows: npt.NDArray[np.int64], values: pa.Array, num_rows: int) -> pa.Array:

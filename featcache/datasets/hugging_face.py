@@ -108,7 +108,8 @@ class HuggingFaceConfig(SplitConfig):
             have = ", ".join(features)
             _fail(self.root, f"no column of type Image; found {have}; set dataset.image_column")
         named = [name for name, feature in features.items() if _class_names(feature) is not None]
-        named = named or [name for name in ("label", "labels") if name in features][:1]
+        if not named:
+            named = [name for name in features if name in ("label", "labels")][:1]
         texts = [name for name in _CAPTIONS if name in features and _is_text(features[name])]
         texts = [name for name in texts if name != self.label_column]
         if self.caption_columns is not None:

@@ -122,7 +122,8 @@ def read_label_encoder(file: Path) -> npt.NDArray[np.int64]:
     fits = isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype.kind in "iu"
     if not fits or len(found) == 0 or (np.diff(found.astype(np.int64)) <= 0).any():
         raise DatasetError(f"{file}: expected a vector of ascending whole numbers")
-    return found.astype(np.int64)
+    label_ids: npt.NDArray[np.int64] = found.astype(np.int64)
+    return label_ids
 
 
 def write_label_encoder(file: Path, label_ids: npt.NDArray[np.int64]) -> None:

@@ -189,7 +189,7 @@ def _write_tables(root: Path, manifest: Manifest) -> list[str]:
         }
         for name in ("rows/label_offsets", "text/offsets"):
             tables[name].add(np.zeros(1, np.int64))
-        for block in manifest.blocks(TABLE_CHUNK_ROWS):
+        for block in manifest.blocks():
             for column in ("id", "path", "split"):
                 tables[f"rows/{column}"].add(block.rows.column(column))
             labels = tables["rows/label_values"]

@@ -6,18 +6,24 @@ A path is relative to the dataset's root and takes one of these forms:
     train-0000.tar@1536+48211/0042.jpg    48211 bytes at offset 1536 of an uncompressed tar
     train/data-00000.arrow@17/image       column `image` of row 17 of an Arrow stream file
 
-Other containers add a line to `CONTAINERS`.
+The root may be a folder or `s3://bucket/prefix`. Other containers add a line to `CONTAINERS`.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
 
 from featcache.arrow_cells import read_cell
+from featcache.storage import Where, is_url, locate
+
+_CUT_OFF = "the tar ends before this member does"
 
 
 @dataclass(frozen=True)
@@ -35,41 +41,114 @@ class Container:
     stamp: Callable[[Path, re.Match[str]], int]
 
 
-def read_bytes(root: str | Path, path: str) -> bytes:
+def read_bytes(root: Where, path: str) -> bytes:
     """The bytes of one image file.
 
     Args:
-        root: folder that `path` starts from.
+        root: folder or address that `path` starts from.
         path: a row's path; see the module's text.
 
     Raises:
         ValueError: the reason why it cannot be read, in a few words, e.g. `missing`.
+        StorageError: if an object store refuses or cannot be reached.
     """
-    try:
-        container, match = _container(path)
-        if container is None or match is None:
-            return (Path(root) / path).read_bytes()
-        return container.read(Path(root), match)
-    except FileNotFoundError:
-        raise ValueError("missing") from None
-    except OSError as error:
-        raise ValueError((error.strerror or str(error)).lower()) from None
+    found = read_many(root, [path])[0]
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
-def stamp(root: str | Path, path: str) -> int:
+def read_many(root: Where, paths: Sequence[str]) -> list[bytes | ValueError]:
+    """The bytes of several images, or why one cannot be read; see `read_bytes`.
+
+    On an object store, neighbours in a tar come by one request.
+
+    Raises:
+        StorageError: if an object store refuses or cannot be reached.
+    """
+    if is_url(root):
+        return _read_objects(root, paths)
+    return [_read_file(Path(str(root)), path) for path in paths]
+
+
+def stamp(root: Where, path: str) -> int:
     """A cheap mark of an image's version, without reading it: equal marks mean equal bytes.
 
     Returns:
         XXH3-64 of size and modification time (nanoseconds) of the file or of the tar, and of the
-        place in the tar; 0 if there is nothing to tell by.
+        place in the tar; 0 if there is nothing to tell by. On an object store the ETag stands for
+        the time.
+
+    Raises:
+        StorageError: if an object store refuses or cannot be reached.
     """
+    if is_url(root):
+        return _object_stamp(root, path)
     try:
         container, match = _container(path)
         if container is None or match is None:
-            return file_stamp(Path(root) / path)
-        return container.stamp(Path(root), match)
+            return file_stamp(Path(str(root)) / path)
+        return container.stamp(Path(str(root)), match)
     except OSError:
         return 0
+
+
+def _read_file(root: Path, path: str) -> bytes | ValueError:
+    try:
+        container, match = _container(path)
+        if container is None or match is None:
+            return (root / path).read_bytes()
+        return container.read(root, match)
+    except ValueError as error:
+        return error
+    except FileNotFoundError:
+        return ValueError("missing")
+    except OSError as error:
+        return ValueError((error.strerror or str(error)).lower())
+
+
+def _read_objects(root: Where, paths: Sequence[str]) -> list[bytes | ValueError]:
+    folder = locate(root)
+    found: list[bytes | ValueError] = [ValueError("missing")] * len(paths)
+    members: dict[str, list[tuple[int, int, int]]] = {}
+    for place, path in enumerate(paths):
+        _, match = _container(path)
+        if match is None:
+            with contextlib.suppress(FileNotFoundError):
+                found[place] = folder.read(path)
+        elif "tar" in match.groupdict():
+            start = int(match["offset"])
+            members.setdefault(match["tar"], []).append((place, start, start + int(match["size"])))
+        else:
+            found[place] = ValueError("in a file that has to be copied to a disk first")
+    for tar, ranges in members.items():
+        _, starts, stops = zip(*ranges, strict=True)
+        with contextlib.suppress(FileNotFoundError):
+            parts = folder.read_ranges(tar, starts, stops)
+            for (place, start, stop), part in zip(ranges, parts, strict=True):
+                found[place] = part if len(part) == stop - start else ValueError(_CUT_OFF)
+    return found
+
+
+def _object_stamp(root: Where, path: str) -> int:
+    _, match = _container(path)
+    inside = {} if match is None else match.groupdict()
+    if inside and "tar" not in inside:
+        return 0
+    # The clock in the arguments lets what was found grow old.
+    found = _object_version(str(root), inside.get("tar", path), int(time.monotonic() / 60))
+    if found is None:
+        return 0
+    where = (int(inside["offset"]), int(inside["size"])) if inside else ()
+    return hash_numbers(*found, *where)
+
+
+@lru_cache(maxsize=4096)
+def _object_version(root: str, key: str, minute: int) -> tuple[int, int] | None:
+    found = locate(root).entry(key)
+    if found is None:
+        return None
+    return found.size, xxhash.xxh3_64_intdigest(found.version.encode())
 
 
 def file_stamp(file: Path, *more: int) -> int:
@@ -115,7 +194,7 @@ def _read_member(root: Path, match: re.Match[str]) -> bytes:
     finally:
         os.close(descriptor)
     if len(data) < size:
-        raise ValueError("the tar ends before this member does")
+        raise ValueError(_CUT_OFF)
     return data
 
 

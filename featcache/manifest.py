@@ -19,10 +19,11 @@ import pyarrow.compute as pc
 from featcache.errors import DatasetError
 from featcache.identity import DatasetIdentity, ListHash, hash_strings
 from featcache.row_block import ROW_SCHEMA, RowBlock
+from featcache.storage import StoreUrl
 
 Task = Literal["single_label", "multi_label", "unlabelled"]
 
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 16_384
 """Rows of a block where nothing else decides it."""
 
 SPLITS = ("train", "val", "test")
@@ -35,7 +36,7 @@ class Manifest:
 
     Attributes:
         kind: dataset kind, e.g. `folder`.
-        root: folder that the rows' paths start from.
+        root: folder or address that the rows' paths start from.
         rows: Arrow table of `ROW_SCHEMA`, N rows.
         classes: C rows in index order; column `name` (unique), `count` (training images with the
             class) and any metadata as string columns (genus, family, …).
@@ -43,7 +44,7 @@ class Manifest:
     """
 
     kind: str
-    root: Path
+    root: Path | StoreUrl
     rows: pa.Table
     classes: pd.DataFrame
     task: Task

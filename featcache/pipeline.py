@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,14 +23,16 @@ import xxhash
 from torch import Tensor
 
 from featcache.backbones.base import PixelSpec
-from featcache.image_bytes import read_bytes
+from featcache.image_bytes import read_many
 from featcache.image_bytes import stamp as image_stamp
 from featcache.images import PixelMode, Views, load_pixels
 from featcache.row_block import RowBlock
+from featcache.storage import Where, is_url
 from featcache.store import Shard, Store
 
-_ROWS_PER_TASK = 4
-"""Images that a reader thread decodes per hand-over: enough to hide the hand-over's cost."""
+_ROWS_PER_TASK = {False: 4, True: 16}
+"""Images that a reader thread decodes per hand-over, from a disk and from an object store: enough
+to hide the cost of the hand-over, and of the request that brings neighbours in a tar."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,22 @@ class ImageSource:
     """How a row becomes pixels.
 
     Attributes:
-        root: folder that the rows' paths start from.
+        root: folder or address that the rows' paths start from.
         spec, mode, views, transform: see `images.load_pixels`.
     """
 
-    root: str | Path
+    root: Where
     spec: PixelSpec
     mode: PixelMode
     views: Views
     transform: Callable[[Any], Tensor] | None
 
-    def load(self, path: str, row_id: str) -> tuple[Tensor, int]:
-        """(V, 3, H, W) pixels and the XXH3-64 of the file's bytes.
+    def load(self, data: bytes, row_id: str) -> tuple[Tensor, int]:
+        """(V, 3, H, W) pixels and the XXH3-64 of an image file's bytes.
 
         Raises:
-            ValueError: the reason why the row cannot be read.
+            ValueError: the reason why they cannot be decoded.
         """
-        data = read_bytes(self.root, path)
         pixels = load_pixels(
             data,
             self.spec,
@@ -109,7 +109,8 @@ class BatchReader:
         self.batch_size = batch_size
         self.num_readers = num_readers
         self.pinned = pinned
-        self.ahead = max(3, -(-2 * num_readers * _ROWS_PER_TASK // batch_size) + 1)
+        self._task = min(batch_size, _ROWS_PER_TASK[is_url(source.root)])
+        self.ahead = max(3, -(-2 * num_readers * self._task // batch_size) + 1)
 
     def batches(self, block: RowBlock) -> Iterator[Batch]:
         """The batches of a block, which starts at a multiple of `batch_size`."""
@@ -138,18 +139,23 @@ class BatchReader:
         batch = Batch(start, stop, pixels, content, stamp)
         rows = range(start, stop)
         return batch, [
-            executor.submit(self._read, batch, block, rows[at : at + _ROWS_PER_TASK])
-            for at in range(0, len(rows), _ROWS_PER_TASK)
+            executor.submit(self._read, batch, block, rows[at : at + self._task])
+            for at in range(0, len(rows), self._task)
         ]
 
     def _read(self, batch: Batch, block: RowBlock, rows: range) -> float:
         began = time.perf_counter()
-        for row in rows:
-            path, row_id = block.paths[row - block.start], block.ids[row - block.start]
-            # Before the read: a file that changes meanwhile then has another mark next time.
+        first, last = rows.start - block.start, rows.stop - block.start
+        paths, ids = block.paths[first:last], block.ids[first:last]
+        # Before the read: a file that changes meanwhile then has another mark next time.
+        for row, path in zip(rows, paths, strict=True):
             batch.stamp[row - batch.start] = image_stamp(self.source.root, path)
+        files = read_many(self.source.root, paths)
+        for row, row_id, data in zip(rows, ids, files, strict=True):
             try:
-                pixels, content = self.source.load(path, row_id)
+                if isinstance(data, ValueError):
+                    raise data
+                pixels, content = self.source.load(data, row_id)
             except ValueError as reason:
                 batch.reasons[row] = str(reason)
                 continue

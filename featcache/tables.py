@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -92,15 +92,18 @@ class TableWriter:
     def add(self, values: npt.NDArray[Any] | list[str] | pa.Array | pa.ChunkedArray) -> None:
         """Takes the next rows: numbers, or strings in a list or an Arrow array."""
         if self._dtype == "string":
-            rows: Any = values if isinstance(values, list) else values.to_pylist()
+            strings: Any = values if isinstance(values, list) else cast(Any, values).to_pylist()
+            # Encoded at once: as bytes they take a third of what strings do.
+            rows: Any = [_encode_string(text) for text in strings]
         else:
             rows = np.asarray(values, self._dtype)
             self._row_shape = rows.shape[1:]
         self.num_rows += len(rows)
         while len(rows):
             room = self._chunk_rows - self._num_waiting
-            self._waiting.append(rows[:room])
-            self._num_waiting += len(rows[:room])
+            part = rows[:room]
+            self._waiting.append(b"".join(part) if self._dtype == "string" else part)
+            self._num_waiting += len(part)
             rows = rows[room:]
             if self._num_waiting == self._chunk_rows:
                 self._write(self._chunk_rows)
@@ -116,8 +119,9 @@ class TableWriter:
 
     def _write(self, chunk_rows: int) -> None:
         if self._dtype == "string":
-            strings = [text for part in self._waiting for text in part]
-            content: Any = _encode_strings(strings + [""] * (chunk_rows - len(strings)))
+            # Zarr's vlen-utf8: the number of strings, then the strings.
+            filling = _encode_string("") * (chunk_rows - self._num_waiting)
+            content: Any = b"".join([chunk_rows.to_bytes(4, "little"), *self._waiting, filling])
         else:
             values = np.full((chunk_rows, *self._row_shape), fill_value(self._dtype), self._dtype)
             np.concatenate(self._waiting, out=values[: self._num_waiting])
@@ -179,13 +183,10 @@ def read_string_chunk(files: ArrayFiles, chunk: int) -> list[str]:
     return strings
 
 
-def _encode_strings(strings: list[str]) -> bytes:
-    """Zarr's vlen-utf8: number of strings, then length in bytes and bytes of each."""
-    encoded = [text.encode() for text in strings]
-    parts = [len(encoded).to_bytes(4, "little")]
-    for text in encoded:
-        parts += (len(text).to_bytes(4, "little"), text)
-    return b"".join(parts)
+def _encode_string(text: str) -> bytes:
+    """Length in bytes, then the bytes."""
+    encoded = text.encode()
+    return len(encoded).to_bytes(4, "little") + encoded
 
 
 def write_document(root: Path, name: str, document: Mapping[str, Any]) -> None:

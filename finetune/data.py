@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from featcache.errors import DatasetError, UnreadableImagesError
 from featcache.image_bytes import read_bytes
 from featcache.images import PixelMode, load_pixels
 from featcache.manifest import Manifest
+from featcache.storage import Where
 
 
 class ImagesConfig(Config):
@@ -63,7 +63,7 @@ class Pairs:
     """
 
     rows: npt.NDArray[np.int64]
-    root: str | Path
+    root: Where
     paths: list[str]
     labels: npt.NDArray[np.int64]
     caption_offsets: npt.NDArray[np.int64]
@@ -135,7 +135,7 @@ class ImageStore:
 
     def __init__(
         self,
-        root: str | Path,
+        root: Where,
         paths: Sequence[str],
         spec: PixelSpec,
         mode: PixelMode,

@@ -295,9 +295,9 @@ class _Parts:
     def _keeping(self, name: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Rows that others repeat, on disk: there may be many of them, and tokens are big."""
         if name not in self._kept:
-            file = tempfile.TemporaryFile()  # noqa: SIM115 (mapped)
             shape = (len(self._leaders), *like.shape[1:])
-            self._kept[name] = np.memmap(file, like.dtype, "w+", shape=shape)
+            with tempfile.TemporaryFile() as file:
+                self._kept[name] = np.memmap(file, like.dtype, "w+", shape=shape)
         return self._kept[name]
 
     def _go_out(

@@ -53,7 +53,7 @@ def describe(record: Mapping[str, Any]) -> str:
         if number:
             kind = name.removesuffix("_classes")
             parts.append(f"{number} {kind} class" if number == 1 else f"{number} {kind} classes")
-    return ", ".join(parts) or "rows or classes in another order"
+    return ", ".join(parts) or "no image, label or caption differs"
 
 
 def since(history: Sequence[Mapping[str, Any]], fingerprint: str) -> str | None:

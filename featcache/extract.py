@@ -86,7 +86,10 @@ def plan(config: ExtractConfig) -> Extraction:
         batch_size = _batch_size(config, device, began_with)
         backbone, log = _open_backbone(config, device, manifest, store, batch_size)
         identity = _identity(config, manifest, backbone)
-        if store is not None and growth.is_wanted(store, identity, manifest.num_captions):
+        if store is not None and (
+            growth.is_wanted(store, identity, manifest.num_captions)
+            or (config.recheck and store.identity == identity)
+        ):
             rows = growth.shard_rows_of(store, batch_size)
             planned = _cache_plan(config, manifest, backbone, identity, batch_size, rows)
             return growth.begin(config, manifest, backbone, planned, batch_size, resources)

@@ -119,6 +119,8 @@ class ExtractConfig(Config):
     """Extract again the shards that hold unreadable images."""
     repair: bool = False
     """Verify every checksum first, and extract damaged shards again."""
+    recheck: bool = False
+    """Look for changed image files and class metadata even if no path, label or caption changed."""
     max_lost: float = Field(default=0.5, ge=0, le=1)
     """Largest share of the cached images that a changed dataset may drop; past it the job fails."""
     restart: bool = False

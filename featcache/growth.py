@@ -194,15 +194,14 @@ def _begun(path: Path | StoreUrl, wanted: Identity) -> Store | None:
             f"{building}: in the way, and not an update of {path}; move or delete it, then run "
             "again"
         )
-    store = Store.open(building, write=True)
-    if store.identity == wanted and store.attributes.get(swap.UPDATES) == _fingerprint(path):
+    store, old = Store.open(building, write=True), Store.open(path)
+    same = store.identity == wanted
+    same &= store.attributes.get(swap.UPDATES) == old.attributes["fingerprint"]
+    # After a recheck both states have one fingerprint: what it replaced looks like an update too.
+    if same and not (store.complete and store.identity == old.identity):
         return store
     swap.set_aside(path)
     return None
-
-
-def _fingerprint(path: Path | StoreUrl) -> str:
-    return str(Store.open(path).attributes["fingerprint"])
 
 
 def _require_most(config: ExtractConfig, old: Donor, found: Survey, changes: Changes) -> None:

@@ -14,6 +14,7 @@ from featcache.extract import ExtractConfig
 from featcache.object_store import ObjectFolder
 from featcache.reader import open_cache
 from featcache.storage import locate
+from featcache.store import verify
 from heads import evaluate, predict, train
 from heads.evaluate import EvaluateConfig
 from heads.predict import PredictConfig
@@ -68,6 +69,41 @@ def test_heads_learn_the_same_from_a_store(
         )
     )
     assert open_cache(there).complete
+
+
+def test_a_cache_in_a_store_grows_like_a_local_one(
+    image_folder: Path, tiny_clip: Path, bucket: str, tmp_path: Path, make_jpeg: Any
+) -> None:
+    local = extracted(str(tmp_path / "cache"), image_folder, tiny_clip)
+    there = extracted(f"{bucket}/cache", image_folder, tiny_clip)
+    run = tmp_path / "run"
+    arguments = ["--head.kind", "zero_shot", "--run", str(run), "--quiet"]
+    train.run(TrainConfig.from_command_line(["--cache", there, *arguments]))
+    assert list(locate(there).list("class_text"))
+    before = open_cache(there)
+    (image_folder / "train" / "cat" / "00.jpg").unlink()
+    (image_folder / "train" / "cat" / "20.jpg").write_bytes(make_jpeg(50, 40, 20))
+    (image_folder / "val" / "dog" / "21.jpg").write_bytes(make_jpeg(40, 50, 21))
+    for cache in (local, there):
+        extracted(cache, image_folder, tiny_clip)
+    after = open_cache(there)
+    assert after.num_rows == 15
+    assert [entry["fingerprint"] for entry in after.history] == [before.fingerprint]
+    assert verify(there) == []
+    expected = open_cache(local)
+    assert after.fingerprint == expected.fingerprint
+    assert after.ids == expected.ids
+    for name in ("image/projected", "rows/content", "rows/valid", "rows/stamp"):
+        assert (after.array(name).read() == expected.array(name).read()).all()
+    assert [name for name in keys(there, "class_text") if "/c/" in name]  # carried over
+    with pytest.raises(CacheError, match="updated while open"):
+        before.array("rows/content")
+    assert {key.partition("/")[0] for key in keys(bucket)} == {"cache"}  # nothing beside it
+    evaluate.run(EvaluateConfig.from_command_line(["--run", str(run), "--split", "val"]))
+
+
+def keys(place: str, prefix: str = "") -> list[str]:
+    return [entry.key for entry in locate(place).list(prefix)]
 
 
 def test_class_text_is_not_kept_where_writing_is_denied(

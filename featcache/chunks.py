@@ -86,10 +86,9 @@ class ArrayFiles:
             CacheError: if there is no such array.
             CacheCorruptError: if its metadata are damaged.
         """
-        if remote is None:
-            return cls.described(root, name, read_sealed(root, name))
-        document = read_sealed_remote(remote, name)
-        remote.keep_document(name, sealed(name, document))
+        document = read_document(root, name, remote)
+        if remote is not None:
+            remote.keep_document(name, sealed(name, document))
         return cls.described(root, name, document, remote)
 
     @classmethod
@@ -395,8 +394,10 @@ def read_sealed(root: Path, name: str) -> dict[str, Any]:
     return unsealed(raw, name, file)
 
 
-def read_sealed_remote(remote: Remote, name: str) -> dict[str, Any]:
-    """The `zarr.json` of a group or array in an object store; see `read_sealed`."""
+def read_document(root: Path, name: str, remote: Remote | None) -> dict[str, Any]:
+    """The `zarr.json` of a group or array from where it is kept; see `read_sealed`."""
+    if remote is None:
+        return read_sealed(root, name)
     key = f"{name}/zarr.json".strip("/")
     try:
         raw = remote.read(key)

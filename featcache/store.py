@@ -18,10 +18,8 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 
 from featcache.cache_plan import (
-    FORMAT,
     CachePlan,
     Shard,
     ShardKind,
@@ -29,17 +27,23 @@ from featcache.cache_plan import (
     check_plan,
     human_bytes,
 )
+from featcache.cache_root import (
+    cache_exists,
+    checked_attributes,
+    delete_cache,
+    read_attributes,
+    read_root,
+    root_mark,
+)
 from featcache.chunks import (
     CHECKSUM_BYTES,
     PARTIAL,
     ArrayFiles,
     make_folder,
-    read_sealed,
-    read_sealed_remote,
+    read_document,
     require,
     sealed,
     sync_folder,
-    unsealed,
     write_file,
 )
 from featcache.errors import CacheCorruptError, CacheError, UserError
@@ -50,7 +54,6 @@ from featcache.mirror import PARALLEL, Mirror
 from featcache.storage import StoreUrl, Where, locate, place
 from featcache.tables import ArrayPlan, fill_value, read_strings, write_array
 
-_HOW = "python -m featcache.extract writes one"
 _SPARE_BYTES = 64 << 20
 """Room that has to stay free beyond what the plan needs."""
 
@@ -107,23 +110,6 @@ def create(path: Where, plan: CachePlan, linked_bytes: int = 0) -> "Store":
     return Store.open(path, write=True)
 
 
-def cache_exists(path: Path | StoreUrl) -> bool:
-    """Whether there is something at `path`: a folder, or a cache's root in a store."""
-    return path.exists() if isinstance(path, Path) else locate(path).exists("zarr.json")
-
-
-def delete_cache(path: Path | StoreUrl) -> None:
-    """Deletes a cache so that no half of it is ever found; only for who holds its lock."""
-    if isinstance(path, StoreUrl):
-        from featcache.remote_cache import delete_remote
-
-        delete_remote(path)
-        return
-    doomed = path.with_name(f"{path.name}{PARTIAL}-deleted")  # swept by the next writer
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 @dataclass
 class Store:
     """A cache on a local disk, or in an object store.
@@ -152,13 +138,13 @@ class Store:
         """
         path = place(path)
         if isinstance(path, StoreUrl):
-            raw = _read_root(path)
-            attributes = _checked_attributes(raw, str(path))
+            raw = read_root(path)
+            attributes = checked_attributes(raw, str(path))
             mirror = Mirror(locate(path), attributes["fingerprint"])
             mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
-        mark = _mark(path)  # first: whoever takes the cache's place later is noticed
-        return cls(path, _read_attributes(path), write, _mark=mark)
+        mark = root_mark(path)  # first: whoever takes the cache's place later is noticed
+        return cls(path, read_attributes(path), write, _mark=mark)
 
     @property
     def folder(self) -> Path:
@@ -220,12 +206,12 @@ class Store:
     def _require_unchanged(self) -> None:
         if self.mirror is not None:  # it looks by itself before it fetches
             return
-        mark = _mark(self.folder)
+        mark = root_mark(self.folder)
         if mark == self._mark:
             return
         same = mark[:2] == self._mark[:2]  # the folder; its attributes may have been rewritten
         fingerprint = self.attributes["fingerprint"]
-        if not same or _read_attributes(self.folder)["fingerprint"] != fingerprint:
+        if not same or read_attributes(self.folder)["fingerprint"] != fingerprint:
             raise CacheError(f"{self.path}: updated while it was open; open it again")
         self._mark = mark
 
@@ -330,11 +316,7 @@ class Store:
     def update_attributes(self, **values: Any) -> None:
         """Changes attributes of the group, atomically."""
         assert self.writable, f"{self.path} is open for reading"
-        document = (
-            read_sealed(self.folder, "")
-            if self.mirror is None
-            else read_sealed_remote(self.mirror, "")
-        )
+        document = read_document(self.folder, "", self.mirror)
         self.attributes = {**document["attributes"]["featcache"], **values}
         document["attributes"]["featcache"] = self.attributes
         raw = sealed("", document)
@@ -406,15 +388,6 @@ class Store:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _mark(path: Path) -> tuple[int, ...]:
-    """What tells a cache's folder and its root metadata from others of the same name."""
-    try:
-        folder, root = path.stat(), (path / "zarr.json").stat()
-    except OSError:
-        return ()
-    return folder.st_dev, folder.st_ino, root.st_ino, root.st_mtime_ns, root.st_size
-
-
 def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> list[str]:
     """Everything that is wrong with a cache's files, one line each, the file's name first.
 
@@ -439,6 +412,7 @@ def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> l
     remote = None
     if isinstance(path, StoreUrl):
         remote = (store and store.mirror) or Mirror(locate(path), "damaged")
+    folder = path if isinstance(path, Path) else Path()
     sizes = {entry.key: entry.size for entry in locate(path).list()}
     known = {"zarr.json"}
     expected = _expected_names(store.attributes) if store is not None else set()
@@ -450,10 +424,9 @@ def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> l
         for name in sorted(expected | documents):
             known.add(f"{name}/zarr.json")
             try:
-                document = _read_document(path, name, remote)
+                document = read_document(folder, name, remote)
                 if document.get("node_type") == "group":
                     continue
-                folder = path if isinstance(path, Path) else Path()
                 files = ArrayFiles.described(folder, name, document, remote)
                 needed = _needed_chunks(store, name, files, sizes) if store is not None else set()
             except (CacheError, CacheCorruptError) as error:
@@ -474,13 +447,6 @@ def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> l
         what = "left by a killed writer, the next one removes it" if half else "foreign file"
         found.append(f"{path / key}: {what}")
     return found
-
-
-def _read_document(path: Path | StoreUrl, name: str, remote: Mirror | None) -> dict[str, Any]:
-    if remote is not None:
-        return read_sealed_remote(remote, name)
-    assert isinstance(path, Path)
-    return read_sealed(path, name)
 
 
 def _expected_names(attributes: Mapping[str, Any]) -> set[str]:
@@ -516,56 +482,6 @@ def _table_problems(store: "Store") -> Iterator[str]:
         yield f"{store.path / 'rows'}: ids, paths or splits are not those of the identity"
     if class_hash([str(name) for name in store.read("classes/name")]) != dataset.classes:
         yield f"{store.path / 'classes/name'}: class names are not those of the identity"
-
-
-def _read_attributes(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CacheError(f"{path}: no such cache; {_HOW}")
-    file = path / "zarr.json"
-    if not file.is_file():
-        old = (path / ".zgroup").exists() or (path / ".zarray").exists()
-        what = "a Zarr v2 store" if old else "no zarr.json in it"
-        raise CacheError(f"{path}: not a feature cache ({what}); {_HOW}")
-    return _checked_attributes(file.read_bytes(), str(path))
-
-
-def _read_root(path: StoreUrl) -> bytes:
-    try:
-        return locate(path).read("zarr.json")
-    except FileNotFoundError:
-        raise CacheError(f"{path}: no such cache (no zarr.json there); {_HOW}") from None
-
-
-def _checked_attributes(raw: bytes, path: str) -> dict[str, Any]:
-    """The group's attributes out of its `zarr.json`; `path` is for messages."""
-    file = f"{path}/zarr.json"
-    try:
-        attributes = json.loads(raw)["attributes"]
-        found = attributes.get("featcache")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CacheCorruptError(f"{file}: not the JSON of a Zarr v3 group") from None
-    if not isinstance(found, dict):
-        raise CacheError(f"{path}: a Zarr store, but not a feature cache; {_HOW}")
-    if found.get("format") != FORMAT:
-        raise CacheError(
-            f"{path}: cache format {found.get('format')!r}, this version reads {FORMAT}; "
-            "extract it anew, or use the version that wrote it"
-        )
-    attributes = unsealed(raw, "", file)["attributes"]["featcache"]
-    try:
-        identity = Identity.model_validate(attributes["identity"])
-    except ValidationError as error:
-        first = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise CacheError(
-            f"{file}: {first} of the identity is not what this version expects; use the version "
-            f"that wrote the cache ({attributes['versions'].get('featcache')}), or extract anew"
-        ) from None
-    if identity.fingerprint() != attributes["fingerprint"]:
-        raise CacheCorruptError(
-            f"{file}: fingerprint {attributes['fingerprint']} does not belong to the identity "
-            f"({identity.fingerprint()}); restore it from a copy or extract anew"
-        )
-    return dict(attributes)
 
 
 __all__ = [

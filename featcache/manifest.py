@@ -195,11 +195,10 @@ class Manifest:
 
     def limited(self, limit: int) -> "Manifest":
         """The first `limit` rows of each split."""
-        splits = np.asarray(self.splits, dtype=object)
-        kept = np.concatenate(
-            [np.flatnonzero(splits == name)[:limit] for name in dict.fromkeys(self.splits)]
+        ranges = self.split_ranges.values()
+        return self.only(
+            np.concatenate([np.arange(start, min(stop, start + limit)) for start, stop in ranges])
         )
-        return self.only(np.sort(kept))
 
     def only(self, kept: npt.NDArray[np.int64]) -> "Manifest":
         """The given rows, in ascending order; training counts are those of the kept rows."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from pydantic import NonNegativeInt, PositiveInt
 
 from featcache.config import Config
@@ -69,17 +68,19 @@ def few_shot(manifest: Manifest, shots: int, seed: int) -> Manifest:
     Raises:
         DatasetError: if no training row has a label.
     """
-    train = np.flatnonzero(np.asarray(manifest.splits, dtype=object) == "train")
-    starts, stops = manifest.label_offsets[train], manifest.label_offsets[train + 1]
-    if not (stops > starts).any():
+    start, stop = manifest.split_ranges.get("train", (0, 0))
+    offsets = manifest.label_offsets[start : stop + 1]
+    if offsets[-1] == offsets[0]:
         raise DatasetError(
             f"{manifest.root}: shots {shots} needs labelled training images, the {manifest.kind} "
             "dataset has none; leave dataset.shots unset"
         )
-    # Training rows come first, so their labels are the first ones too.
-    ids = manifest.rows.column("id").take(pa.array(train)).to_pylist()
-    offsets = np.concatenate([starts - starts[0], stops[-1:] - starts[0]])
-    values = manifest.label_values[starts[0] : stops[-1]]
-    drawn = train[few_shot_rows(ids, offsets, values, shots, seed)]
-    others = np.setdiff1d(np.arange(len(manifest)), train, assume_unique=True)
-    return manifest.only(np.sort(np.concatenate([drawn, others])))
+    drawn = few_shot_rows(
+        manifest.rows.column("id").slice(start, stop - start).to_pylist(),
+        offsets - offsets[0],
+        manifest.label_values[offsets[0] : offsets[-1]],
+        shots,
+        seed,
+    )
+    others = np.concatenate([np.arange(start), np.arange(stop, len(manifest))])
+    return manifest.only(np.sort(np.concatenate([drawn + start, others])))

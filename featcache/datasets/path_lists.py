@@ -186,5 +186,9 @@ def _cut(text: str, known: Collection[str] | None) -> tuple[str, str]:
         path, *rest = text.split(None, 1)
         return path, "".join(rest)
     if known is not None:
-        ends = [end for end in ends if text[:end] in known][-1:] or ends
+        first = len(
+            text.split(None, 1)[0]
+        )  # a path may end otherwise, as rows inside containers do
+        sure = [end for end in sorted({first, *ends}) if text[:end] in known]
+        ends = sure[-1:] or ends
     return text[: ends[0]], text[ends[0] :].strip()

@@ -120,6 +120,9 @@ def test_captions_are_free_text(tmp_path: Path) -> None:
     assert read_captions(tmp_path / "a.txt", known) == {
         "b c.jpg d.jpg": ["a picture of e.jpg here"]
     }
+    (tmp_path / "b.txt").write_text("set/data.arrow@0/image a picture of e.jpg here")
+    known = {"set/data.arrow@0/image"}
+    assert read_captions(tmp_path / "b.txt", known) == {known.pop(): ["a picture of e.jpg here"]}
     with pytest.raises(DatasetError, match=r"no caption is of a listed image, the first is of a/1"):
         read_captions(tmp_path / "a.txt", {"x.jpg"})
 

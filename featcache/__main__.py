@@ -1,4 +1,4 @@
-"""All jobs of featcache under one command: `featcache extract ...` is `python -m featcache.extract`.
+"""All jobs under one command: `featcache extract ...` does what `python -m featcache.extract` does.
 
 A job is imported when it is called: the list of jobs costs no start-up time.
 """

@@ -5,7 +5,7 @@ from the old one, and encode what is new. When it is whole it takes the old one'
 any moment, the same command goes on; the old cache stays complete and readable until the end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace as replaced
 from datetime import UTC, datetime
@@ -170,8 +170,7 @@ def history(old: Store, changes: Changes) -> list[dict[str, Any]]:
 
 def depends_on_caption(features: FeatureIdentity) -> bool:
     """Whether a row's image features depend on its first caption too."""
-    record: Mapping[str, Any] = features.record()
-    return record.get("multimodal", "none") != "none" or bool(record.get("itm"))
+    return features.multimodal != "none" or features.itm
 
 
 def shard_rows_of(store: Store, batch_size: int) -> int | None:

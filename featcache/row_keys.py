@@ -169,13 +169,13 @@ def _spread(keys: Keys) -> Keys:
     """Every bit of a key into every bit of the result: splitmix64's last steps."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
+    return np.asarray(keys ^ (keys >> np.uint64(31)), np.uint64)
 
 
 def _sums(values: Keys, offsets: npt.NDArray[np.int64]) -> Keys:
     """(n,) sums over each row's values: the same for any order; 0 for a row without."""
     totals = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
-    return totals[offsets[1:]] - totals[offsets[:-1]]
+    return np.asarray(totals[offsets[1:]] - totals[offsets[:-1]], np.uint64)
 
 
 def _ordered(keys: Keys, offsets: npt.NDArray[np.int64]) -> Keys:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from featcache.donors import Donor, IntArray
-from featcache.image_bytes import read_bytes, stamp
+from featcache.image_bytes import read_many, stamp
 from featcache.manifest import Manifest
 from featcache.row_keys import Index, Keys, RowKeys, mixed
 
@@ -213,11 +213,9 @@ def _contents(manifest: Manifest, rows: IntArray, num_threads: int) -> Keys:
     say = _Saying(len(rows))
 
     def read(start: int, paths: Sequence[str]) -> int:
-        for place, path in enumerate(paths, start):
-            try:
-                found[place] = xxhash.xxh3_64_intdigest(read_bytes(root, path))
-            except ValueError:  # extraction meets it again, and keeps the reason
-                continue
+        for place, data in enumerate(read_many(root, paths), start):
+            if isinstance(data, bytes):  # extraction meets what cannot be read again
+                found[place] = xxhash.xxh3_64_intdigest(data)
         return len(paths)
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="hashes") as executor:

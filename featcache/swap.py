@@ -52,7 +52,7 @@ def set_aside(path: Path | StoreUrl) -> None:
     if isinstance(building, StoreUrl):
         delete_cache(building)
         return
-    building.rename(path.with_name(f"{path.name}.donor-{secrets.token_hex(4)}"))
+    building.rename(building.with_name(f"{path.name}.donor-{secrets.token_hex(4)}"))
     sync_folder(building.parent)
 
 
@@ -80,7 +80,7 @@ def belongs(path: Path | StoreUrl) -> bool:
         old, new = Store.open(path).attributes, Store.open(next_path(path)).attributes
     except (CacheError, CacheCorruptError):
         return False
-    return old["fingerprint"] == new.get(UPDATES) or new["fingerprint"] == old.get(UPDATES)
+    return bool(old["fingerprint"] == new.get(UPDATES) or new["fingerprint"] == old.get(UPDATES))
 
 
 def clear(path: Path | StoreUrl) -> None:

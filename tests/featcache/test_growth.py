@@ -25,7 +25,7 @@ class Meter:
     def __init__(self, monkeypatch):
         self.images = self.texts = 0
         self.read: list[str] = []
-        encode, read = extraction.encode_views, survey.read_bytes
+        encode, read = extraction.encode_views, survey.read_many
         encode_texts = Extraction._encode_texts
 
         def counted(backbone, pixels, request, rows, *rest):
@@ -36,13 +36,13 @@ class Meter:
             self.texts += len(texts)
             return encode_texts(session, texts, *rest)
 
-        def noted(root, path):
-            self.read.append(path)
-            return read(root, path)
+        def noted(root, paths):
+            self.read += paths
+            return read(root, paths)
 
         monkeypatch.setattr(extraction, "encode_views", counted)
         monkeypatch.setattr(Extraction, "_encode_texts", counted_texts)
-        monkeypatch.setattr(survey, "read_bytes", noted)
+        monkeypatch.setattr(survey, "read_many", noted)
 
     def reset(self):
         self.images = self.texts = 0

@@ -18,7 +18,7 @@ def test_every_job_is_where_the_list_says(name):
 
 
 def test_help_lists_the_jobs_and_imports_none_of_them():
-    code = "import sys, featcache.__main__ as m; m.main.__doc__; print('torch' in sys.modules)"
+    code = "import sys, featcache.__main__; print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -147,7 +147,7 @@ def load_pixels(
 
 def resized_size(height: int, width: int, spec: PixelSpec) -> tuple[int, int]:
     """Height and width after the resize, before crop or padding, as the source library rounds."""
-    rows, columns = spec.size
+    rows, columns = (math.floor(edge / spec.crop_pct) for edge in spec.size)
     if spec.resize_mode == "squash":
         return rows, columns
     if spec.resize_mode == "longest":
@@ -330,6 +330,16 @@ def _reference_views(
     row_id: str,
 ) -> Tensor:
     plans = _plans(image.height, image.width, spec, views, row_id)
-    # A crop already has the target's size, so the transform only converts and normalises it.
-    augmented = [transform(_pil_resized(image, plan, spec)) for plan in plans[1:]]
-    return torch.stack([transform(image), *augmented])
+    plain = transform(image)
+    image = _rgb(image, spec) if spec.convert_first else image
+
+    def augmented(plan: _Plan) -> Tensor:
+        # A crop already has the target's size, so what is left is to convert and normalise it.
+        view = _pil_resized(image, plan, spec)
+        if spec.crop_pct == 1:
+            return transform(view)
+        # The transform would enlarge it and cut the centre out once more.
+        pixels: Tensor = tvf.normalize(tvf.to_tensor(view.convert("RGB")), spec.mean, spec.std)
+        return pixels
+
+    return torch.stack([plain, *map(augmented, plans[1:])])

@@ -117,6 +117,7 @@ class TimmTrunk(Tower):
         """
         super().__init__(visual)
         self.trunk = trunk
+        # Not every timm model has patches or blocks, and no base class says which ones do.
         grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
         blocks = getattr(trunk, "blocks", None)
         if grid is not None and blocks is not None and hasattr(trunk, "forward_intermediates"):

@@ -130,7 +130,10 @@ def read_cifar100(root: Path) -> ArraySet:
         base = base_folder(root, "cifar-100-binary")
         fine, coarse = (_lines(base / f"{k}_label_names.txt") for k in ("fine", "coarse"))
         found = _cifar_binary(base, {"train": ["train.bin"], "test": ["test.bin"]}, 2, fine)
-        groups = {split: _records(base / f"{split}.bin", 2)[:, 0] for split in ("train", "test")}
+        groups = {
+            split: _records(base / f"{split}.bin", 2)[:, 0].astype(np.int64)
+            for split in ("train", "test")
+        }
     superclass = [""] * len(fine)
     for split, labels in found.labels.items():
         for label, group in np.unique(np.stack([labels, groups[split]], 1), axis=0).tolist():

@@ -5,6 +5,7 @@ by name. Weights come from safetensors files only: a pickle can run code. Weight
 the model are refused; transformers alone would fill the rest at random and warn.
 """
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -198,8 +199,7 @@ def _one_line(source: Source) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar over the weights, and no warnings about what is checked here."""
-    from transformers.utils import logging
-
+    logging: Any = importlib.import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

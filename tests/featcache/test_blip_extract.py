@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,8 @@ from featcache.extraction import Extraction
 from featcache.precision import Sample, open_checked
 from featcache.reader import open_cache
 from featcache.text_input import picture_of
+from featcache.verify import VerifyConfig
+from featcache.verify import run as verify
 from heads.predict import PredictConfig
 from heads.predict import run as predict
 from heads.train import TrainConfig
@@ -311,3 +314,42 @@ def test_a_head_on_joint_features_predicts_cached_rows_only(make, captioned, tmp
     )
     with pytest.raises(ConfigError, match="image files have none"):
         predict(files)
+
+
+def test_readers_of_a_cache_know_the_joint_arrays(make, tmp_path):
+    config = make()
+    run(config)
+    cache = open_cache(config.cache)
+    assert set(verify(VerifyConfig(cache=config.cache)).arrays) >= set(NAMES)
+    folder = cache.to_numpy(tmp_path / "numpy")
+    table = pq.read_table(cache.to_parquet(tmp_path / "rows.parquet"))
+    for name in NAMES:
+        expected = cache.array(name).read()
+        equal_nan = expected.dtype != bool
+        exported = np.load(folder / f"{name.replace('/', '.')}.npy")
+        assert np.array_equal(exported, expected, equal_nan=equal_nan)
+        assert np.array_equal(cache.dask(name).compute(), expected, equal_nan=equal_nan)
+        column = table.column(name.removeprefix("image/")).combine_chunks()
+        flat = column.values.to_numpy(zero_copy_only=False)
+        assert np.array_equal(flat.reshape(expected.shape), expected, equal_nan=equal_nan)
+
+
+def test_a_changed_first_caption_renews_that_image_only(make, captioned):
+    config = make()
+    run(config)
+    before = open_cache(config.cache).array("image/multimodal").read()
+    rows = captioned.read_text().splitlines()
+    changed = next(row for row in rows if '["' in row.replace('""', '"'))
+    rows[rows.index(changed)] = changed.replace('[""', '[""g ')
+    captioned.write_text("\n".join(rows) + "\n")
+    assert run(config).num_extracted == 1
+    grown = open_cache(config.cache)
+    fresh = make("fresh")
+    run(fresh)
+    anew = open_cache(fresh.cache)
+    for name in (*NAMES, "image/projected", "text/projected"):
+        found, expected = grown.array(name).read(), anew.array(name).read()
+        np.testing.assert_allclose(found, expected, atol=1e-5, equal_nan=True)
+    row = grown.paths.index(changed.split(",")[0])
+    different = (grown.array("image/multimodal").read() != before) & ~np.isnan(before)
+    assert np.flatnonzero(different.any((1, 2))).tolist() == [row]

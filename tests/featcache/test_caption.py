@@ -12,6 +12,7 @@ from featcache.caption import CaptionConfig, run
 from featcache.caption_list import open_list
 from featcache.captioner import Captioner
 from featcache.config import run_job
+from featcache.datasets.path_lists import read_captions
 from featcache.errors import BackboneError, CacheError, ConfigError
 
 
@@ -76,6 +77,8 @@ def test_the_list_has_a_line_for_each_image(make, image_folder, capsys):
     assert (report.num_written, report.num_done, report.unreadable) == (14, 0, [])
     captions = parsed(config.out)
     assert len(captions) == 14
+    listed = read_captions(config.out, set(captions))  # what long-tail datasets read it with
+    assert listed == {path: [caption] for path, caption in captions.items()}
     assert all((image_folder / path).is_file() for path in captions)
     assert all(caption.strip() == caption != "" for caption in captions.values())
     assert config.out.read_bytes().endswith(b"\n")

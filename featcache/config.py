@@ -12,6 +12,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar, Union, get_args, get_origin
 
@@ -87,7 +88,8 @@ class Config(BaseModel):
         arguments = list(sys.argv[1:] if argv is None else argv)
         arguments, file = _take_config_file(arguments)
         values: dict[str, Any] = {} if file is None else _read_yaml(file)
-        flags = _parse_flags(cls, _expand_kinds(cls, arguments))
+        arguments = _expand_optional_flags(cls, _expand_kinds(cls, arguments))
+        flags = _parse_flags(cls, arguments)
         return cls._validated(_merge(values, flags))
 
     @classmethod
@@ -223,6 +225,30 @@ def _expand_kinds(model: type[Config], arguments: list[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         if flag in kinds and not value.startswith("{"):
             argument = f"{flag}.kind{equals}{value}"
+        expanded.append(argument)
+    return expanded
+
+
+def _optional_flags(model: type[Config], prefix: str = "") -> set[str]:
+    """Flags of all fields that are true, false or left open."""
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        if set(get_args(field.annotation)) == {bool, type(None)}:
+            found.add(f"--{prefix}{name}")
+        for nested in _nested_models(field.annotation):
+            found |= _optional_flags(nested, f"{prefix}{name}.")
+    return found
+
+
+def _expand_optional_flags(model: type[Config], arguments: list[str]) -> list[str]:
+    """Turns `--x` and `--no-x` of such a field into what any other bool's mean."""
+    flags = _optional_flags(model)
+    expanded: list[str] = []
+    for argument, after in pairwise([*arguments, "--"]):
+        if argument in flags and after.startswith("--"):
+            argument += "=true"
+        elif argument.replace("--no-", "--", 1) in flags - {argument}:
+            argument = argument.replace("--no-", "--", 1) + "=false"
         expanded.append(argument)
     return expanded
 

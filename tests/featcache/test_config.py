@@ -21,6 +21,8 @@ class Line(Part):
 
     kind: Literal["line"] = "line"
     """Kind."""
+    thick: bool | None = None
+    """Be thick; unset = where it fits."""
     bias: bool = True
     """Add an offset."""
     rates: tuple[PositiveFloat, ...] = (0.1,)
@@ -65,6 +67,23 @@ def test_flags_with_short_and_long_kind() -> None:
 def test_an_option_without_kind_belongs_to_the_default_kind() -> None:
     assert parse("--cache", "x", "--head.rates", "0.5,2").head == Line(rates=(0.5, 2.0))
     assert parse("--cache", "x", "--no-head.bias").head == Line(bias=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), None),
+        (("--head.thick",), True),
+        (("--head.thick", "--quick"), True),
+        (("--head.thick", "false"), False),
+        (("--head.thick=true",), True),
+        (("--no-head.thick", "--quick"), False),
+    ],
+)
+def test_flags_of_a_bool_that_may_be_left_open(flags: tuple[str, ...], expected: Any) -> None:
+    job = parse("--cache", "x", *flags)
+    assert job.head == Line(thick=expected)
+    assert job.quick == ("--quick" in flags)
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Any) -> None:

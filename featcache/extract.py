@@ -132,7 +132,7 @@ def run(config: ExtractConfig) -> ExtractReport:
         f"{rates['encode']}, write {rates['write']})"
     )
     if report.num_invalid:
-        first = session.invalid()[0]
+        first = session.first_invalid()
         print(
             f"{report.num_invalid} images cannot be read and are marked invalid; the first is "
             f"{first['path']}: {first['reason']}"

@@ -64,10 +64,11 @@ class Extraction:
         self._progress: dict[str, Progress] = {}
         self._pending = self._find_pending()
         redone = {shard.index for shard in self._pending if shard.kind == "image"}
-        self._invalid = {
-            index: report["invalid"]
-            for index, report in store.reports("image").items()
-            if index not in redone
+        # Their number by shard: a set longer than memory may have unreadable images beyond it too.
+        self._num_invalid = {
+            index: len(report["invalid"])
+            for index, report in store.each_report("image")
+            if report["invalid"] and index not in redone
         }
 
     def __enter__(self) -> Self:
@@ -98,7 +99,23 @@ class Extraction:
 
     def invalid(self) -> list[dict[str, Any]]:
         """Unreadable images of the shards that are done, in row order: row, id, path, reason."""
-        return [item for _, items in sorted(self._invalid.items()) for item in items]
+        return [item for index in sorted(self._num_invalid) for item in self._invalid_of(index)]
+
+    def _invalid_of(self, index: int) -> list[dict[str, Any]]:
+        return [
+            item
+            for _, report in self.store.each_report("image", index)
+            for item in report["invalid"]
+        ]
+
+    def first_invalid(self) -> dict[str, Any]:
+        """The first of them; there has to be one."""
+        return self._invalid_of(min(index for index, n in self._num_invalid.items() if n))[0]
+
+    @property
+    def num_invalid(self) -> int:
+        """Unreadable images of the shards that are done."""
+        return sum(self._num_invalid.values())
 
     def extract(self, shard: Shard) -> ShardReport:
         """Extracts one shard and marks it done; its rows are on disk when this returns.
@@ -126,7 +143,7 @@ class Extraction:
             self._pending = [other for other in self._pending if other != shard]
             if shard.kind == "image":
                 self.timings.add(timings)
-                self._invalid[shard.index] = invalid
+                self._num_invalid[shard.index] = len(invalid)
         self.check_invalid()
         return report
 
@@ -136,14 +153,14 @@ class Extraction:
         Raises:
             UnreadableImagesError: naming their number, their share, the first one and its reason.
         """
-        invalid = self.invalid()
-        total = len(self.manifest)
-        if len(invalid) > self.config.max_invalid * total:
+        number, total = self.num_invalid, len(self.manifest)
+        if number > self.config.max_invalid * total:
+            first = self.first_invalid()
             raise UnreadableImagesError(
-                f"{self.path}: {len(invalid)} of {total} images "
-                f"({100 * len(invalid) / total:.2g} %) cannot be read, more than max_invalid "
-                f"{self.config.max_invalid} allows; the first is {invalid[0]['path']}: "
-                f"{invalid[0]['reason']}; what is done is kept: mend the files and run again with "
+                f"{self.path}: {number} of {total} images "
+                f"({100 * number / total:.2g} %) cannot be read, more than max_invalid "
+                f"{self.config.max_invalid} allows; the first is {first['path']}: "
+                f"{first['reason']}; what is done is kept: mend the files and run again with "
                 "--retry_invalid, or raise --max_invalid"
             )
 
@@ -160,7 +177,7 @@ class Extraction:
             fingerprint=self.identity.fingerprint(),
             num_rows=len(self.manifest),
             num_captions=self._num_captions,
-            num_invalid=len(self.invalid()),
+            num_invalid=self.num_invalid,
             num_extracted=self.timings.rows,
             num_copied=self._num_copied,
             precision=self.identity.precision,

@@ -295,21 +295,28 @@ class Store:
         Raises:
             CacheCorruptError: naming a damaged entry of the done-list.
         """
+        return dict(self.each_report(kind))
+
+    def each_report(
+        self, kind: ShardKind, only: int | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Index and report of each shard that is done, or of one, a report in memory at a time.
+
+        Raises:
+            CacheCorruptError: naming a damaged entry of the done-list.
+        """
         files = self.files(f"shards/{kind}")
-        found: dict[int, dict[str, Any]] = {}
         with self.unchanged():
-            here = files.present()
+            here = files.present(None if only is None else [only])
             files.fetch(here)
             for index in here:
                 require(files.problem(index))
-                found[index] = json.loads(files.file(index).read_bytes()[8:-CHECKSUM_BYTES])
-        return found
+                yield index, json.loads(files.file(index).read_bytes()[8:-CHECKSUM_BYTES])
 
     def pending(self) -> list[Shard]:
         """Shards that are not done."""
-        done: dict[str, dict[int, Any]] = {
-            "image": self.reports("image"),
-            "text": self.reports("text"),
+        done = {
+            kind: {index for index, _ in self.each_report(kind)} for kind in get_args(ShardKind)
         }
         return [shard for shard in self.shards() if shard.index not in done[shard.kind]]
 

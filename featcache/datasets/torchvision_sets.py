@@ -56,6 +56,9 @@ class TorchvisionConfig(SplitConfig):
     few_shot_json: Path | None = None
     """Few-shot split file (split_zhou_….json) to use instead of the set's own split; the kind ends
     in _few_shot then, since figures of the two do not compare."""
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of every class's training images (of all images where the set has no split) that
+    becomes `val`, 0 up to but not 1; unused if the set has a val split."""
     images: Path | None = None
     """Folder to write the images of sets that are arrays to, as PNG, once; unset = `root`."""
 

@@ -16,6 +16,7 @@ from featcache.errors import CacheError, DatasetError
 from featcache.extract import ExtractConfig, ExtractReport, Shard, ShardReport
 from flows import artifacts, extract, train_heads
 from flows.server import FlowError, complete, run_flow
+from flows.two_stage import two_stage
 from heads.train import TrainConfig, TrainReport
 
 pytestmark = pytest.mark.flows
@@ -183,3 +184,34 @@ def test_heads_after_a_failed_one_are_still_trained(
     (row,) = state.result()
     assert row["val top1"] == 0.5
     assert row["test top1"] is None
+
+
+def test_two_stages_on_a_dataset_that_grew(
+    image_folder: Path,
+    tiny_clip: Path,
+    make_jpeg: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "dataset": {"root": image_folder},
+        "backbone": {"model": f"local-dir:{tiny_clip}"},
+        "cache": tmp_path / "cache/pets",
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    config = ExtractConfig.model_validate(values)
+    heads = [train_heads.HeadTraining.model_validate({"optim": {"epochs": 1}})]
+    messages = []
+    for number in range(3):
+        state = two_stage(config, heads, return_state=True)
+        assert state.is_completed()
+        messages.append(state.message)
+        if number == 0:
+            (image_folder / "train/dog/new.jpg").write_bytes(make_jpeg(40, 40, 77))
+    assert "14 rows, 0 of them unreadable; 14 extracted at" in messages[0]
+    assert "15 rows, 0 of them unreadable; 1 extracted at" in messages[1]
+    assert "14 taken over from its earlier state" in messages[1]
+    assert "it was complete, nothing was extracted" in messages[2]
+    assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2

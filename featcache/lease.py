@@ -84,6 +84,13 @@ class _Lease:
         version = self._folder.write_if(self._key, self._content(), None)
         if version is None:
             version = self._take_over()
+        if self._folder.write_if(self._key, self._content(), None) is not None:
+            self._folder.delete(self._key)
+            raise StorageError(
+                f"{self.url}: this store ignores the conditions of conditional writes "
+                "(If-None-Match), so it cannot keep two writers apart; use another store, or write "
+                "the cache to a disk and copy it there"
+            )
         self._version, self._renewed = version, time.monotonic()
         self._thread.start()
 

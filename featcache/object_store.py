@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,8 +24,9 @@ from featcache.storage import Entry, Location, StoreUrl
 CONNECT_SECONDS = 10
 REQUEST_SECONDS = 120
 """Longest time of one request: 64 MB, the largest chunk, at half a megabyte a second."""
-MAX_RETRIES = 7
-"""Further attempts after a failed request, with growing pauses: about half a minute in all."""
+MAX_RETRIES = 8
+"""Further attempts after a failed request, with growing pauses: up to half a minute in all."""
+_BACKOFF = {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=8), "base": 3}
 PARALLEL_REQUESTS = 12
 """Requests under way at a time; a single one does not fill a network."""
 UPLOAD_BYTES = 256 << 20
@@ -265,7 +267,7 @@ def _client(bucket: str, prefix: str, settings: tuple[tuple[str, str], ...]) -> 
         bucket,
         prefix=prefix or None,
         client_options=options,
-        retry_config={"max_retries": MAX_RETRIES},
+        retry_config={"max_retries": MAX_RETRIES, "backoff": _BACKOFF},
     )
 
 

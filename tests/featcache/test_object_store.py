@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from featcache import lease as leases
 from featcache import mirror as mirrors
-from featcache.errors import CacheCorruptError, CacheError, StorageDeniedError
+from featcache.errors import CacheCorruptError, CacheError, StorageDeniedError, StorageError
 from featcache.export import ExportConfig
 from featcache.export import run as export
 from featcache.info import InfoConfig
@@ -465,6 +465,19 @@ def test_an_old_lock_that_is_renewed_is_respected(
     monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 1e6)  # this clock is wrong
     with writer_lock(url), pytest.raises(CacheError, match="is writing"), writer_lock(url):
         pass
+
+
+def test_a_store_that_ignores_conditions_is_refused(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(self: ObjectFolder, key: str, content: bytes, version: str | None) -> str:
+        self.write(key, content)
+        return "any"
+
+    monkeypatch.setattr(ObjectFolder, "write_if", careless)
+    with pytest.raises(StorageError, match="ignores the conditions"), writer_lock(url):
+        pass
+    assert list(locate(url.parent).list()) == []
 
 
 def test_the_lock_of_a_killed_process_of_this_machine_is_free(url: StoreUrl) -> None:

@@ -43,7 +43,7 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
 
     Raises:
         ConfigError: if the predictions' table has other columns.
-        DatasetError: if an image of the order was not predicted at all.
+        DatasetError: if no image of the order was predicted.
     """
     file = config.predictions
     if not file.is_file():
@@ -54,9 +54,9 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
     classes = open_cache(config.cache, verify=False, allow_incomplete=True).classes
     labels = labels_of(table, classes)
     order = list(labels) if config.order is None else read_order(config.order)
-    frame, num_empty = submission(order, labels)
+    frame = submission(order, labels)
     write_submission(config.out, frame)
-    print(f"{len(frame):,} rows: {config.out}" + describe_empty(num_empty))
+    print(summary(config.out, frame))
     return frame
 
 
@@ -114,29 +114,30 @@ def read_order(file: Path) -> list[str]:
     return [record.name for record in read_records(file, labelled=False)]
 
 
-def submission(
-    order: Sequence[str], labels: Mapping[str, Sequence[int]], unreadable: Sequence[str] = ()
-) -> tuple[pd.DataFrame, int]:
-    """The submission's rows, and how many have no label because their image cannot be read.
+def submission(order: Sequence[str], labels: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    """The submission's rows; an image that was not predicted (unreadable, missing) has no labels.
 
     Args:
         order: ImageIDs.
         labels: label ids by ImageID.
-        unreadable: ImageIDs that may be missing in `labels`: they get an empty cell.
 
     Raises:
-        DatasetError: if another image of the order was not predicted.
+        DatasetError: if none of the images was predicted.
     """
-    known = set(unreadable)
-    missing = [name for name in order if name not in labels and name not in known]
-    if missing:
+    if not any(name in labels for name in order):
         raise DatasetError(
-            f"{len(missing)} of {len(order)} images were not predicted, the first is {missing[0]}; "
-            "predict the whole test split"
+            f"none of the {len(order)} images was predicted, the first is {order[0]}; predict the "
+            "images of the test split"
         )
     cells = [" ".join(map(str, labels.get(name, ()))) for name in order]
-    frame = pd.DataFrame({"ImageID": list(order), "Labels": cells})
-    return frame, sum(not cell for cell in cells)
+    return pd.DataFrame({"ImageID": list(order), "Labels": cells})
+
+
+def summary(file: Path, frame: pd.DataFrame) -> str:
+    """A line about a written submission, naming what is missing in it."""
+    empty = frame["ImageID"][frame["Labels"] == ""].tolist()
+    missing = f"; {len(empty):,} not predicted and left empty, e.g. {empty[0]}" if empty else ""
+    return f"{len(frame):,} rows: {file}{missing}"
 
 
 def write_submission(file: Path, frame: pd.DataFrame) -> None:
@@ -148,11 +149,6 @@ def write_submission(file: Path, frame: pd.DataFrame) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def describe_empty(num_empty: int) -> str:
-    """What to say about rows without labels; "" if there are none."""
-    return f" ({num_empty:,} without labels: unreadable images)" if num_empty else ""
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from featcache.row_block import RowBlock
 from featcache.storage import CachePath
 from featcache.submission import (
     SEPARATOR,
-    describe_empty,
     labels_of,
     read_order,
     submission,
+    summary,
     write_submission,
 )
 from heads.data import FeatureTable, feature_array
@@ -157,10 +157,10 @@ def run(config: PredictConfig) -> PredictReport:
             print(f"  the first: {first.path} ({first.reason})")
     if config.submission is not None:
         labels = labels_of(frame, loaded.classes)
-        rows_out, num_empty = submission(order, labels, [one.id for one in unreadable])
-        write_submission(config.submission, rows_out)
+        answers = submission(order, labels)
+        write_submission(config.submission, answers)
         if not config.quiet:
-            print(f"{len(rows_out):,} rows: {config.submission}" + describe_empty(num_empty))
+            print(summary(config.submission, answers))
     return PredictReport(config.out, frame, unreadable)
 
 

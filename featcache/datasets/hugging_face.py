@@ -240,7 +240,8 @@ def _labels(
         nothing = np.zeros(num_rows + 1, np.int64), np.zeros(0, np.int32)
         return pd.DataFrame({"name": []}, dtype=object), "unlabelled", nothing
     cells = pa.chunked_array([chunk for part in parts for chunk in part.column(column).chunks])
-    several = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    several = any(of_kind(cells.type) for of_kind in kinds)
     if several:
         lengths = pc.fill_null(pc.list_value_length(cells), 0).to_numpy()
         values = pc.list_flatten(cells)
@@ -300,7 +301,8 @@ def _element(feature: Any) -> Any:
 
 def _class_names(feature: Any) -> list[str] | None:
     element = _element(feature)
-    return list(map(str, element["names"])) if _type(element) == "ClassLabel" else None
+    names = element.get("names") if _type(element) == "ClassLabel" else None
+    return None if names is None else list(map(str, names))
 
 
 def _is_text(feature: Any) -> bool:

@@ -123,14 +123,19 @@ def test_one_dataset_is_split_here(saved: Saved) -> None:
     assert manifest.classes["name"].tolist() == ["zebra", "ant", "bee"]
 
 
-@pytest.mark.parametrize("kind", ["List", "Sequence", "LargeList", "old"])
+@pytest.mark.parametrize("kind", ["List", "Sequence", "LargeList", "old", "fixed"])
 def test_lists_of_classes(saved: Saved, kind: str) -> None:
     feature: Any = [CLASSES] if kind == "old" else {"feature": CLASSES, "_type": kind}
-    lists = pa.large_list(pa.int64()) if kind == "LargeList" else pa.list_(pa.int64())
-    root = saved({"tags": feature}, tags=pa.array([[2, 0], [], None, [1], [0], [1, 2]], lists))
+    if kind == "fixed":
+        feature, lists = {"feature": CLASSES, "_type": "List"}, pa.list_(pa.int64(), 2)
+        rows = [[2, 0], [0, 1], None, [1, 0], [0, 2], [1, 2]]
+    else:
+        lists = pa.large_list(pa.int64()) if kind == "LargeList" else pa.list_(pa.int64())
+        rows = [[2, 0], [], None, [1], [0], [1, 2]]
+    root = saved({"tags": feature}, tags=pa.array(rows, lists))
     manifest = HuggingFaceConfig(root=root, val_fraction=0, test_fraction=0).open()
     assert manifest.task == "multi_label"
-    assert manifest.rows.column("labels").to_pylist() == [[2, 0], [], [], [1], [0], [1, 2]]
+    assert manifest.rows.column("labels").to_pylist() == [row or [] for row in rows]
 
 
 def test_plain_labels_are_sorted_numbers_by_value(saved: Saved) -> None:

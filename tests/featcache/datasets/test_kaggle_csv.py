@@ -248,15 +248,16 @@ def test_a_submission_has_the_order_and_the_ids_of_the_test_file(
     )
     labels = submission.labels_of(table, classes)
     order = submission.read_order(config.root / "test.csv")
-    frame, empty = submission.submission(order, labels, unreadable=["50.jpg"])
+    frame = submission.submission(order, labels)
     submission.write_submission(tmp_path / "out/s.csv", frame)
     assert (tmp_path / "out/s.csv").read_bytes() == (
         b"ImageID,Labels\n90.jpg,19\n7000.jpg,1\n91.jpg,3\n42.jpg,2 13 19\n50.jpg,\n"
     )
-    assert empty == 1
+    text = submission.summary(Path("s.csv"), frame)
+    assert text == "5 rows: s.csv; 1 not predicted and left empty, e.g. 50.jpg"
     assert submission.read_order(tmp_path / "out/s.csv") == order
-    with pytest.raises(DatasetError, match=r"1 of 5 images were not predicted, the first is 50"):
-        submission.submission(order, labels)
+    with pytest.raises(DatasetError, match=r"none of the 2 images was predicted, the first is a"):
+        submission.submission(["a.jpg", "b.jpg"], labels)
     with pytest.raises(ConfigError, match="class 'oak' has no label id"):
         submission.labels_of(table, pd.DataFrame({"name": ["oak"]}))
 

@@ -35,6 +35,9 @@ JOBS: Mapping[str, Job] = {
     "mirror": Job("featcache.mirror", "MirrorConfig", "tidy local copies of caches in stores"),
     "caption": Job("featcache.caption", "CaptionConfig", "write a caption for every image"),
     "convert": Job("featcache.convert", "ConvertConfig", "lay a dataset out in folders"),
+    "frequency": Job(
+        "featcache.class_frequency", "ClassFrequencyConfig", "count classes and pairs of classes"
+    ),
     "submit": Job("featcache.submission", "SubmissionConfig", "write a competition's answer file"),
 }
 

@@ -106,7 +106,7 @@ def describe(store: Store, manifest: Manifest, num_threads: int) -> dict[str, An
         + _row_bytes(store, "text") * num_texts,
         "images_per_second": rate,
         "seconds": seen.images.num_new / rate if rate else None,
-        "gained_by_split": _gained(donor, keys, seen, manifest),
+        "images_by_split": _by_split(seen, manifest),
     }
 
 
@@ -122,7 +122,7 @@ def _dataset(config: DiffConfig, store: Store) -> Manifest:
     return DATASETS[record["kind"]].model_validate(record).open()
 
 
-def _gained(donor: Donor, keys: RowKeys, seen: Survey, manifest: Manifest) -> dict[str, int]:
+def _by_split(seen: Survey, manifest: Manifest) -> dict[str, int]:
     """Images to encode in each split, where there are any."""
     new = seen.images.donor == ENCODE
     counts = {
@@ -141,7 +141,7 @@ def _rate(store: Store) -> float | None:
 def _row_bytes(store: Store, kind: str) -> int:
     """Bytes of a row of all feature arrays of a kind."""
     names = store.attributes["arrays"][kind]
-    return sum(store.files(name).row_bytes for name in names)
+    return sum(store.files(name).row_bytes for name in names if not name.startswith("rows/"))
 
 
 def _text(found: Mapping[str, Any]) -> str:
@@ -164,7 +164,7 @@ def _text(found: Mapping[str, Any]) -> str:
             shown = ", ".join(found[name][:_SHOWN]) + (", …" if len(found[name]) > _SHOWN else "")
             lines.append(f"  {title:<12} {len(found[name]):>9}  {shown}")
     time = "" if found["seconds"] is None else f", about {_duration(found['seconds'])}"
-    parts = [f"{number} {name}" for name, number in found["gained_by_split"].items()]
+    parts = [f"{number} {name}" for name, number in found["images_by_split"].items()]
     lines.append(
         f"to encode: {found['images_to_encode']} images"
         + (f" ({', '.join(parts)})" if parts else "")

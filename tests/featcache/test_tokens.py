@@ -304,3 +304,21 @@ def test_tokens_too_large_for_float16_say_which_option_helps(make, monkeypatch):
     config = make("int8", features={**options, "token_dtype": "int8"})
     run(config)  # a scale reaches as far as float32
     assert open_cache(config.cache).array("image/tokens").read() == pytest.approx(7e4)
+
+
+def test_a_grown_cache_keeps_its_codes_and_what_was_measured(make, image_folder, make_jpeg):
+    config = make(features=INT8)
+    run(config)
+    before = open_cache(config.cache)
+    codes = before.array("image/tokens").codes.read()
+    scales, ids = before.array("image/tokens").scales.read(), before.ids
+    (image_folder / "train/cat/aa.jpg").write_bytes(make_jpeg(60, 70, 99))
+    assert run(config).num_extracted == 1
+    grown = open_cache(config.cache)
+    assert grown.num_rows == 15
+    old = [grown.ids.index(name) for name in ids]
+    np.testing.assert_array_equal(grown.array("image/tokens").codes.read()[old], codes)
+    np.testing.assert_array_equal(grown.array("image/tokens").scales.read()[old], scales)
+    assert np.isfinite(grown.array("image/tokens").read()).all()
+    assert grown.attributes["token_error"] == before.attributes["token_error"]
+    assert verify(config.cache) == []

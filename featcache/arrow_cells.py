@@ -45,6 +45,9 @@ def read_cell(file: Path, row: int, column: str) -> bytes:
 def _mapped(file: str, size: int, changed: int) -> pa.Table:
     """See `open_arrow`; size and time of change are there to open a changed file anew."""
     try:
-        return pa.ipc.open_stream(pa.memory_map(file)).read_all()
-    except pa.ArrowInvalid as error:
+        table = pa.ipc.open_stream(pa.memory_map(file)).read_all()
+        # Arrow trusts offsets: damaged ones would end the process. This reads no image bytes.
+        table.validate(full=True)
+        return table
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"not a whole Arrow stream ({str(error).splitlines()[0]})") from None

@@ -101,7 +101,8 @@ def _fail_at(
         if not isinstance(element, dict):
             raise DatasetError(f"{place} is {_shown(element)}; expected an object")
         if field not in element:
-            raise DatasetError(f"{place} has no {field!r}; found {', '.join(element) or 'nothing'}")
+            found = " ".join(", ".join(element).split()) or "nothing"
+            raise DatasetError(f"{place} has no {field!r}; found {found}")
         try:
             _array([element[field]], dtype)
         except (TypeError, ValueError, OverflowError):

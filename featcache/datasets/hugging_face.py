@@ -200,9 +200,12 @@ def _part(root: Path, folder: str) -> _Part:
     state = _read_json(place / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
         _fail(place, "saved as a selection of rows; call flatten_indices() and save again")
+    try:
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        _fail(place / "state.json", "lists no _data_files; copy the whole folder again")
     files = []
-    for entry in state.get("_data_files", []):
-        name = str(entry["filename"])
+    for name in names:
         try:
             files.append((name, open_arrow(place / name)))
         except FileNotFoundError:
@@ -212,9 +215,8 @@ def _part(root: Path, folder: str) -> _Part:
     if not files:
         _fail(place, "state.json lists no data files, the dataset is empty")
     features = _read_json(place / "dataset_info.json").get("features")
-    if not features:
-        metadata = (files[0][1].schema.metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(metadata).get("info", {}).get("features", {})
+    if not isinstance(features, dict):
+        _fail(place / "dataset_info.json", "lists no features; copy the whole folder again")
     columns = {name: features.get(name) for name in files[0][1].column_names}
     return _Part(folder, ALIASES.get(folder.lower(), folder or "train"), columns, files)
 

@@ -220,6 +220,24 @@ def test_folders_that_are_damaged(saved: Saved, tmp_path: Path) -> None:
     refused("not JSON", root)
     (root / "state.json").write_text('{"_data_files": [], "_indices_files": [1]}')
     refused("flatten_indices", root)
+    for text in ("{}", '{"_data_files": [{"name": "a"}]}', '{"_data_files": 3}'):
+        (root / "state.json").write_text(text)
+        refused("lists no _data_files", root)
+
+
+def test_damaged_offsets_are_refused_before_they_are_followed(saved: Saved) -> None:
+    """Arrow itself would read far outside the file."""
+    root = saved({"caption": TEXT}, caption=[f"caption number {n}" for n in range(6)])
+    file = root / "data-00000-of-00002.arrow"
+    whole = file.read_bytes()
+    ends = np.asarray([0, 16, 32], np.int32).tobytes()  # of a batch of two captions
+    assert ends in whole
+    file.write_bytes(whole.replace(ends, np.asarray([0, 16, 2**30], np.int32).tobytes(), 1))
+    with pytest.raises(DatasetError, match="not a whole Arrow stream") as error:
+        HuggingFaceConfig(root=root).open()
+    one_line(error)
+    with pytest.raises(ValueError, match="not a whole Arrow stream"):
+        read_bytes(root, "data-00000-of-00002.arrow@0/image")
 
 
 def test_splits_have_to_agree(tmp_path: Path) -> None:

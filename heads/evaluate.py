@@ -72,7 +72,8 @@ class Scores:
 
     Attributes:
         metrics: metric name -> share in 0..1 (or a count, for names that start with `num_`).
-        per_class: C rows: class, name, num_train, num_rows and the class's own metrics.
+        per_class: C rows: class, name, group (if the dataset states it), num_train, num_rows and
+            the class's own metrics.
     """
 
     metrics: dict[str, float]
@@ -278,8 +279,10 @@ def _class_table(
     classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: dict[str, Any]
 ) -> pd.DataFrame:
     head = {"class": np.arange(len(classes)), "name": classes["name"].to_numpy()}
+    groups = stated_groups(classes)
+    stated = {} if groups is None else {"group": groups}
     counts = {"num_train": classes["count"].to_numpy(), "num_rows": support}
-    return pd.DataFrame(head | counts | columns)
+    return pd.DataFrame(head | stated | counts | columns)
 
 
 if __name__ == "__main__":

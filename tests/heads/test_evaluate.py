@@ -133,6 +133,7 @@ def test_groups_of_the_dataset_hold_unless_boundaries_are_given(make_single: Cac
     run = trained(make_single(classes=table))
     recorded = json.loads((run / "metrics.json").read_text())["test"]
     assert [recorded[f"num_{g}_classes"] for g in ("head", "medium", "tail")] == [3, 1, 1]
+    assert evaluate.run(EvaluateConfig(run=run)).per_class["group"].tolist() == names
     options = MetricsConfig(shot_boundaries=(1, 2))
     scores = evaluate.run(EvaluateConfig(run=run, metrics=options)).metrics
     assert scores["num_head_classes"] == 5

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from featcache import lease as leases
 from featcache import mirror as mirrors
+from featcache.chunks import sealed
 from featcache.errors import CacheCorruptError, CacheError, StorageDeniedError, StorageError
 from featcache.export import ExportConfig
 from featcache.export import run as export
@@ -195,25 +195,27 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Any:
 
 
 def test_a_replacement_that_was_killed_is_finished_by_the_next_writer(url: StoreUrl) -> None:
+    def root(number: int) -> bytes:
+        return sealed("", {"attributes": {"featcache": {"complete": True, "number": number}}})
+
+    old = {"a/same": b"1", "a/changed": b"2", "gone": b"3", "zarr.json": root(1)}
+    new = {"a/same": b"1", "a/changed": b"4", "added": b"5", "zarr.json": root(2)}
     other = url.with_name("birds.next")
-    write_cache(url, num_rows=9)
-    write_cache(other, num_rows=13)
-    old, new = objects(url), objects(other)
+
+    def prepare() -> None:
+        for target, content in ((url, old), (other, new)):
+            locate(target).delete(*[entry.key for entry in locate(target).list()])
+            for key, value in content.items():
+                locate(target).write(key, value)
+
+    prepare()
     with pytest.MonkeyPatch.context() as patch:
         steps = kill_at(patch, -1)
         replace_remote(url, other)
         total = next(steps)
-    changed = [key for key in new if old.get(key) != new[key]]
-    assert (
-        total == len(changed) - 1 + 7
-    )  # its root, two markers, deletions: nothing equal is copied
-    for moment in (0, 2, 8, total - 5, total - 3, total - 2, total - 1):
-        for target, content in ((url, old), (other, new)):
-            held = objects(target)
-            locate(target).delete(*(held.keys() - content.keys()))
-            for key, value in content.items():
-                if held.get(key) != value:
-                    locate(target).write(key, value)
+    assert total == 9  # two markers, three copies (nothing that is equal already), four deletions
+    for moment in range(total):
+        prepare()
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, moment)
             with pytest.raises(Killed):
@@ -492,8 +494,9 @@ def test_the_lock_of_a_killed_process_of_this_machine_is_free(url: StoreUrl) -> 
         pass
 
 
-WRITER = """
-import importlib.util, os, signal, sys, threading
+# One process imports everything and forks the writers that are killed; each says what it found.
+WRITERS = """
+import importlib.util, os, signal, sys, threading, traceback
 from featcache.object_store import ObjectFolder
 from featcache.storage import place
 from featcache.store import Store, cache_exists, create, writer_lock
@@ -502,7 +505,7 @@ spec = importlib.util.spec_from_file_location("made", sys.argv[1])
 made = importlib.util.module_from_spec(spec)
 sys.modules["made"] = made
 spec.loader.exec_module(made)
-url, last = place(sys.argv[2]), int(sys.argv[3])
+url, last = place(sys.argv[2]), 0
 write, lock, count = ObjectFolder.write, threading.Lock(), [0]
 
 def counting(self, key, *parts):
@@ -512,15 +515,29 @@ def counting(self, key, *parts):
             os.kill(os.getpid(), signal.SIGKILL)
     write(self, key, *parts)
 
-ObjectFolder.write = counting
-with writer_lock(url):
-    planned = made.plan_cache(url, captions=1)
-    store = Store.open(url, write=True) if cache_exists(url) else create(url, planned.plan)
-    for shard in store.pending():
-        planned.write(store, shard)
-        store.mark_done(shard, {"invalid": []})
-    store.finish({})
-print("done")
+def work():
+    ObjectFolder.write = counting
+    with writer_lock(url):
+        planned = made.plan_cache(url, captions=1)
+        found = Store.open(url, write=True) if cache_exists(url) else None
+        print("nothing" if found is None else len(found.reports("image")), flush=True)
+        store = found or create(url, planned.plan)
+        for shard in store.pending():
+            planned.write(store, shard)
+            store.mark_done(shard, {"invalid": []})
+        store.finish({})
+
+for last in map(int, sys.argv[3:]):
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
@@ -533,19 +550,15 @@ def test_killed_at_any_request_and_run_again_equals_uninterrupted(
         local.write(store, shard)
         store.mark_done(shard, {"invalid": []})
     store.finish({})
-    here = str(Path(__file__).with_name("conftest.py"))
-    killed = 0
-    for moment, left in ((20, None), (60, False), (10_000, True)):  # in the creation, in a shard
-        command = [sys.executable, "-c", WRITER, here, str(url), str(moment)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        killed += done.returncode == -signal.SIGKILL
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        assert cache_exists(url) == (left is not None)
-        if left is not None:
-            assert Store.open(url).complete == left
-            assert bool(Store.open(url).reports("image")) == (left or killed == 2)
-    assert done.stdout == "done\n"
-    assert killed == 2
+    made = str(Path(__file__).with_name("conftest.py"))
+    # Killed in the creation, after it in the second shard, in the third, and never.
+    moments = ["20", "48", "7", "10000"]
+    command = [sys.executable, "-c", WRITERS, made, str(url), *moments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.split()
+    assert lines[1::2] == ["-9", "-9", "-9", "0"], done.stderr
+    assert lines[0] == lines[2] == "nothing"
+    assert 0 < int(lines[4]) < int(lines[6]) <= 3, lines
     assert objects(url) == files(tmp_path / "local")
     assert [e.key for e in locate(url.parent).list() if "/" not in e.key] == []
 

@@ -42,8 +42,8 @@ class Remote(Protocol):
     def put(self, key: str, *parts: Content) -> None:
         """Hands an object over for upload."""
 
-    def keys(self, folder: str) -> set[str]:
-        """Keys of all objects in a folder."""
+    def present(self, files: "ArrayFiles", chunks: Sequence[int]) -> list[int]:
+        """Those of the chunks that are kept."""
 
     def keep_document(self, name: str, raw: bytes) -> None:
         """Puts an array's `zarr.json` on the local disk too."""
@@ -153,10 +153,9 @@ class ArrayFiles:
     def present(self, chunks: Sequence[int] | None = None) -> list[int]:
         """Numbers of the chunks that are kept, of those given or of all."""
         chunks = range(self.num_chunks) if chunks is None else chunks
-        if self.remote is None:
-            return [chunk for chunk in chunks if self.file(chunk).is_file()]
-        keys = self.remote.keys(f"{self.name}/c")
-        return [chunk for chunk in chunks if self.key(chunk) in keys]
+        if self.remote is not None:
+            return self.remote.present(self, chunks)
+        return [chunk for chunk in chunks if self.file(chunk).is_file()]
 
     def fetch(self, chunks: Sequence[int] | None = None, verify: bool = True) -> None:
         """Brings chunk files to this disk; nothing to do where they are kept on it.

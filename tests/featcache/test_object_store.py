@@ -127,6 +127,31 @@ def test_only_what_is_used_is_fetched_and_only_once(
     assert [key for key in read if "/c/" in key] == []
 
 
+def test_few_chunks_of_a_long_array_are_asked_for_one_by_one(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = write_cache(url)
+    monkeypatch.setattr(mirrors, "_LISTED_AT_ONCE", 2)
+    listed: list[str] = []
+    original = ObjectFolder.list
+
+    def count(self: ObjectFolder, prefix: str = "") -> Any:
+        listed.append(prefix)
+        return original(self, prefix)
+
+    monkeypatch.setattr(ObjectFolder, "list", count)
+    files = Store.open(url).files("image/projected")  # of five chunks
+    assert files.present([1, 4]) == [1, 4]
+    files.fetch([1, 4])
+    assert listed == []
+    assert files.file(4).read_bytes() == locate(url).read("image/projected/c/4/0")
+    assert not files.file(2).exists()
+    assert files.present() == [0, 1, 2, 3, 4]
+    assert listed == ["image/projected/c"]
+    array = open_cache(url).array("image/projected")
+    np.testing.assert_array_equal(array.read(), made.arrays["image/projected"])
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_mirror_file_is_fetched_again(
     url: StoreUrl, monkeypatch: pytest.MonkeyPatch, damage: str

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import PositiveInt
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from featcache.config import Config, run_job
@@ -66,7 +67,10 @@ def run(config: ConvertConfig) -> Path:
     folders = [class_folder(one, rank, config.version) for rank, one in enumerate(categories)]
     missing: list[Path] = []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, ThreadPoolExecutor(config.num_threads) as pool:
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ThreadPoolExecutor(config.num_threads) as pool,
+    ):
         for part in parts:
             base = out / tree_name(config.version, part.split)
             for folder in folders:  # also those without images: a class's number is its rank

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 from PIL import Image
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from featcache.errors import DatasetError
@@ -63,7 +64,8 @@ def _write(folder: Path, arrays: Mapping[str, Any], paths: Mapping[str, list[str
     total = sum(map(len, paths.values()))
     columns = ("writing PNG files", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, disable=total <= _SILENT) as progress:
+        shown = Console(stderr=True)  # standard output may be a result
+        with Progress(*columns, console=shown, disable=total <= _SILENT) as progress:
             bar = progress.add_task("images", total=total)
             for split, pixels in arrays.items():
                 for row, path in enumerate(paths[split]):

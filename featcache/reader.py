@@ -88,6 +88,11 @@ class Cache:
         self._features: dict[str, FeatureArray] = {}
 
     @property
+    def parts(self) -> list["Cache"]:
+        """The caches whose features stand side by side here: this one; see `featcache.join`."""
+        return [self]
+
+    @property
     def split_names(self) -> list[str]:
         """Names of the splits in storage order."""
         return list(self.attributes["splits"])

@@ -3,7 +3,7 @@
 python -m heads.evaluate --run runs/inat2021-linear-1a2b3c --split val
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from featcache.config import Config, run_job
 from featcache.errors import CacheMismatchError, ConfigError
+from featcache.join import open_joined, open_one_or_joined
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
 from featcache.shot_groups import BOUNDARIES, stated_groups
-from featcache.storage import CachePath, place
+from featcache.storage import CachePath, Where, place
 from heads import metrics
 from heads.base import Head
 from heads.data import FeatureTable, Part, feature_array, has_labels, labelled_part, require_labels
@@ -57,13 +58,21 @@ class EvaluateConfig(Config):
     run: Path
     """Run folder that heads.train wrote."""
     cache: CachePath | None = None
-    """Cache to evaluate on; unset = the one it was trained on."""
+    """Cache to evaluate on; unset = the one (or the joined ones) it was trained on."""
+    join: tuple[CachePath, ...] = ()
+    """Further caches, joined by id, for a head that was trained on several; needs cache."""
     split: str | None = None
     """Split of the cache; unset = test if it has labels, otherwise val."""
     metrics: MetricsConfig = MetricsConfig()
     """How metrics are counted."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu or cuda:N."""
+
+    @model_validator(mode="after")
+    def _join_needs_cache(self) -> "EvaluateConfig":
+        if self.join and self.cache is None:
+            raise ValueError(f"join={[str(one) for one in self.join]} needs cache")
+        return self
 
 
 @dataclass(frozen=True)
@@ -193,11 +202,25 @@ def evaluate_run(
     return score_split(run.head.to(device), table, part, run.classes, options)
 
 
+def open_for(run: LoadedRun, path: Where | None, join: Sequence[Where]) -> Cache:
+    """The caches named, or those that a head was trained on.
+
+    Raises:
+        CacheError, CacheMismatchError: if one is missing, or they cannot be joined.
+    """
+    if path is not None:
+        return open_one_or_joined(path, join)
+    members = run.members
+    if len(members) == 1:
+        return open_cache(place(members[0].path))
+    return open_joined({one.alias: place(one.path) for one in members})
+
+
 def run(config: EvaluateConfig) -> Scores:
     """Evaluates, prints a table, and writes `metrics_<split>.json` and `classes_<split>.csv`."""
     loaded = load_run(config.run)
     path = config.cache or place(loaded.record["cache"]["path"])
-    cache = open_cache(path)
+    cache = open_for(loaded, config.cache, config.join)
     trained_on = loaded.record["cache"]["fingerprint"]
     grown = loaded.growth_since(cache)
     if grown is not None:

@@ -14,17 +14,11 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from featcache.backbones import BACKBONES
-from featcache.backbones.base import Backbone, FeatureRequest, PixelSpec
 from featcache.config import Config, run_job
-from featcache.errors import BackboneError, CacheMismatchError, ConfigError
-from featcache.identity import Identity, differences
-from featcache.images import Views
-from featcache.pipeline import BatchReader, ImageSource
+from featcache.errors import ConfigError
+from featcache.join import open_one_or_joined
 from featcache.precision import resolve_device
-from featcache.quantize import as_stored
-from featcache.reader import Cache, open_cache
-from featcache.row_block import RowBlock
+from featcache.reader import Cache
 from featcache.storage import CachePath
 from featcache.submission import (
     SEPARATOR,
@@ -35,14 +29,12 @@ from featcache.submission import (
     write_submission,
 )
 from heads.data import FeatureTable, feature_array
+from heads.encoding import encode_files
 from heads.progress import ProgressLine
 from heads.run_folder import LoadedRun, RunError, load_run, write_atomic
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """Files of a folder that are taken for images, in small letters."""
-
-IMAGE_BATCH = 32
-"""Images encoded at a time."""
 
 _ROW_BATCH = 8192
 
@@ -54,6 +46,8 @@ class PredictConfig(Config):
     """Run folder that heads.train wrote."""
     cache: CachePath | None = None
     """Cache with the rows to predict; or give `images`."""
+    join: tuple[CachePath, ...] = ()
+    """Further caches, joined by id, for a head that was trained on several; needs cache."""
     split: str | None = None
     """Split of the cache; unset = all rows."""
     images: Path | None = None
@@ -82,6 +76,8 @@ class PredictConfig(Config):
             raise ValueError("give either cache or images")
         if self.split is not None and self.cache is None:
             raise ValueError(f"split={self.split} needs cache")
+        if self.join and self.cache is None:
+            raise ValueError(f"join={[str(one) for one in self.join]} needs cache")
         if self.submission_order is not None and self.submission is None:
             raise ValueError(f"submission_order={self.submission_order} needs submission")
         if self.out.suffix not in (".csv", ".parquet"):
@@ -120,7 +116,7 @@ def run(config: PredictConfig) -> PredictReport:
     loaded = load_run(config.run, device)
     order = None if config.submission_order is None else read_order(config.submission_order)
     if config.cache is not None:
-        cache = open_cache(config.cache)
+        cache = open_one_or_joined(config.cache, config.join)
         grown = loaded.growth_since(cache)
         if grown is not None and not config.quiet:
             print(grown)
@@ -227,90 +223,23 @@ def predict_images(
     """
     device = device or torch.device("cpu")
     progress = progress or ProgressLine(quiet=True)
-    identity = Identity.model_validate(run.record["identity"])
-    backbone = open_backbone(run, device)
-    pixels = identity.preprocess
-    spec = PixelSpec.of(pixels)
-    transform = backbone.reference_transform() if pixels.mode == "reference" else None
-    source = ImageSource(root, spec, pixels.mode, Views(), transform)
-    name = str(run.record["feature"]).removeprefix("image/")
-    request = feature_request(name, identity)
-    dtype = identity.features.dtype_of(name)
     bad: list[Unreadable] = []
     good: list[str] = []
 
     def features() -> Iterator[Tensor]:
-        reader = BatchReader(source, IMAGE_BATCH, num_readers)
-        for batch in reader.batches(RowBlock.of(files, files)):
-            with torch.inference_mode():
-                encoded = backbone.encode_image(batch.pixels[:, 0], request)[name]
-            kept = [row for row in range(batch.start, batch.stop) if row not in batch.reasons]
+        for batch in encode_files(run, root, files, device, num_readers):
             bad.extend(
                 Unreadable(files[row], files[row], reason)
                 for row, reason in sorted(batch.reasons.items())
             )
-            good.extend(files[row] for row in kept)
+            good.extend(files[row] for row in batch.rows)
             progress.show(f"{batch.stop:,} of {len(files):,} images")
-            index = torch.tensor([row - batch.start for row in kept], dtype=torch.int64)
-            # Through the storage type: the head sees what the cache would have held.
-            stored = as_stored(encoded[index.to(encoded.device)].cpu().numpy(), dtype)
-            yield torch.from_numpy(stored).to(device)
+            yield batch.features
 
     # `good` fills up while the scores are drawn.
     frame = _frame(run, good, good, _scores(run, features()), top_k, threshold)
     progress.close()
     return frame, bad
-
-
-def open_backbone(run: LoadedRun, device: torch.device) -> Backbone:
-    """The encoder of the cache that a head was trained on, from the run folder alone.
-
-    Raises:
-        BackboneError: if this installation does not know it, or its weights cannot be opened.
-        CacheMismatchError: if other weights lie there now.
-    """
-    record = run.record["attributes"]["backbone"]
-    if record["kind"] not in BACKBONES:
-        raise BackboneError(
-            f"{run.path}: trained with backbone kind {record['kind']!r}, this installation has "
-            f"{', '.join(BACKBONES)}; install the extra that brings it"
-        )
-    identity = Identity.model_validate(run.record["identity"])
-    config = BACKBONES[record["kind"]].model_validate(record)
-    backbone = config.open(str(device), identity.precision)
-    expected = identity.backbone.record()
-    for name, have, want in differences(backbone.spec.identity.record(), expected):
-        raise CacheMismatchError(
-            f"{run.path}: backbone.{name} differs: trained with {want!r}, the opened backbone has "
-            f"{have!r}; put the original weights back, or train a new head"
-        )
-    return backbone
-
-
-def feature_request(name: str, identity: Identity) -> FeatureRequest:
-    """The one feature that a head reads, as the cache was extracted.
-
-    Args:
-        name: projected, pooled or tokens.
-        identity: of the cache.
-
-    Raises:
-        ConfigError: for features that image files alone do not give.
-    """
-    if name.startswith("multimodal"):
-        raise ConfigError(
-            "images: the head reads features of images together with their captions, and image "
-            "files have none; extract a cache of them with captions and give --cache"
-        )
-    features = identity.features
-    return FeatureRequest(
-        projected=name == "projected",
-        pooled=name == "pooled",
-        tokens=name == "tokens",
-        token_pool=features.token_pool,
-        token_layer=features.token_layer,
-        before_last=features.before_last,
-    )
 
 
 def find_images(path: Path) -> list[str]:

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from featcache.changes import since
 from featcache.errors import CacheMismatchError, UserError
-from featcache.identity import differences
+from featcache.identity import Identity, differences
+from featcache.joined_cache import JoinedCache
 from featcache.manifest import class_hash
 from featcache.reader import Cache
 from heads.base import FeatureSpec, Head, HeadConfig
@@ -50,6 +51,23 @@ class Checkpoint:
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A cache that a head was trained on.
+
+    Attributes:
+        alias: name in a join; "" = alone.
+        path: where it was.
+        identity: what it held.
+        backbone: options that open its encoder, as recorded in it.
+    """
+
+    alias: str
+    path: str
+    identity: Identity
+    backbone: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,13 +106,39 @@ class LoadedRun:
         """
         if cache.class_hash != self.record["class_hash"]:
             raise CacheMismatchError(f"{cache.path}: {self._class_difference(cache)}")
-        for part in ("backbone", "preprocess"):
-            found = cache.identity.record()[part]
-            for name, have, want in differences(found, self.record["identity"][part], f"{part}."):
-                raise CacheMismatchError(
-                    f"{cache.path}: {name} differs: the cache holds {have!r}, the head in "
-                    f"{self.path} was trained on {want!r}; extract with that, or train a new head"
-                )
+        trained = self.members
+        if len(cache.parts) != len(trained):
+            raise CacheMismatchError(
+                f"{cache.path}: {len(cache.parts)} cache(s) given, the head in {self.path} was "
+                f"trained on {len(trained)} ({', '.join(one.path for one in trained)}); give as "
+                "many in that order, the first with --cache, the others with --join"
+            )
+        for part, member in zip(cache.parts, trained, strict=True):
+            for name in ("backbone", "preprocess"):
+                have_all, want_all = part.identity.record()[name], member.identity.record()[name]
+                for field, have, want in differences(have_all, want_all, f"{name}."):
+                    raise CacheMismatchError(
+                        f"{part.path}: {field} differs: the cache holds {have!r}, the head in "
+                        f"{self.path} was trained on {want!r}; extract with that, or train a new "
+                        "head"
+                    )
+
+    @property
+    def members(self) -> list[Member]:
+        """The caches whose features the head reads side by side; mostly one."""
+        record = self.record
+        alone = {
+            "alias": "",
+            "identity": record["identity"],
+            "backbone": record["attributes"]["backbone"],
+            **record["cache"],
+        }
+        return [
+            Member(
+                one["alias"], one["path"], Identity.model_validate(one["identity"]), one["backbone"]
+            )
+            for one in record.get("joined", [alone])
+        ]
 
     def growth_since(self, cache: Cache) -> str | None:
         """How a cache changed since the head was trained on an earlier state of it, as a line.
@@ -226,6 +270,7 @@ def describe_head(
         "templates": template_list(cache, config),
         "logit_scale": attributes["logit_scale"],
         "cache": {"path": str(cache.path), "fingerprint": cache.fingerprint},
+        **({"joined": cache.records()} if isinstance(cache, JoinedCache) else {}),
         "identity": cache.identity.record(),
         "attributes": {
             name: attributes[name]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,10 @@ from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
+from featcache.join import open_one_or_joined
+from featcache.joined_cache import JoinedCache, unit_rows
 from featcache.precision import resolve_device
-from featcache.reader import Cache, open_cache
+from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import optim as optimisation
 from heads import run_folder
@@ -61,7 +64,7 @@ SAVE_SECONDS = 10.0
 _THREADS_PAY = 2**25
 """Multiplications a step from which on several threads are faster than the barriers they cost."""
 
-_FREE = {"cache", "run", "resume", "restart", "save_every", "device", "quiet"}
+_FREE = {"cache", "join", "run", "resume", "restart", "save_every", "device", "quiet"}
 """Options that may differ between the runs of one training: they do not change what is computed."""
 
 
@@ -70,6 +73,9 @@ class TrainConfig(Config):
 
     cache: CachePath
     """Feature cache that featcache.extract wrote."""
+    join: tuple[CachePath, ...] = ()
+    """Further caches of the same dataset (other backbones, other layers): rows are joined by id and
+    the head reads their features side by side, each brought to length 1."""
     head: AnyHead = Field(default=LinearConfig(), discriminator="kind")
     """Which head, by kind."""
     optim: OptimConfig = OptimConfig()
@@ -160,7 +166,9 @@ class Material:
 
 def run(config: TrainConfig) -> TrainReport:
     """Trains, evaluates and fills the run folder; the same call resumes what was interrupted."""
-    cache = open_cache(config.cache)
+    cache = open_one_or_joined(config.cache, config.join)
+    if isinstance(cache, JoinedCache) and not config.quiet:
+        print(cache.describe())
     require_labels(cache)
     device = resolve_device(config.device)
     config, parts, array = resolve(config, cache)
@@ -359,8 +367,13 @@ def feature_spec(
     prompts, templates = None, run_folder.template_list(cache, head)
     if head.needs_prompts:
         device = table.device.type
-        features = class_text_features(cache, templates, lambda: open_cache_backbone(cache, device))
-        prompts = torch.from_numpy(features)
+        features = [
+            class_text_features(part, templates, partial(open_cache_backbone, part, device))
+            for part in cache.parts
+        ]
+        if len(features) > 1:  # as the image features of joined caches
+            features = [unit_rows(part) for part in features]
+        prompts = torch.from_numpy(np.concatenate(features, axis=-1))
     mean, std = table.statistics() if head.wants_statistics() else (None, None)
     return FeatureSpec(
         feature_dim=table.feature_dim,

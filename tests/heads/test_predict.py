@@ -17,6 +17,7 @@ from featcache.extract import ExtractConfig
 from featcache.reader import open_cache
 from featcache.submission import SubmissionConfig
 from heads import predict, train
+from heads.encoding import open_backbone
 from heads.models.linear import LinearConfig
 from heads.models.zero_shot import ZeroShotConfig
 from heads.optim import OptimConfig
@@ -105,7 +106,7 @@ def test_zero_shot_needs_no_training_and_works_without_its_cache(
     loaded = load_run(run)
     features = torch.from_numpy(cache.array("image/projected").read(cache.rows("val"))).float()
     shutil.rmtree(extracted)
-    backbone = predict.open_backbone(loaded, torch.device("cpu"))
+    backbone = open_backbone(loaded, loaded.members[0], torch.device("cpu"))
     texts = [f"a photo of a {name}." for name in ("cat", "dog")] + ["cat", "dog"]
     encoded = torch.nn.functional.normalize(backbone.encode_text(texts), dim=1).view(2, 2, -1)
     vectors = torch.nn.functional.normalize(encoded.mean(0), dim=1)

@@ -1,0 +1,174 @@
+"""Heads on joined caches: train, evaluate, predict; two backbones are better than one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from featcache import class_text, extract
+from featcache.errors import CacheMismatchError
+from featcache.extract import ExtractConfig
+from featcache.join import open_joined
+from featcache.reader import open_cache
+from heads import evaluate, predict, train
+from heads.evaluate import EvaluateConfig
+from heads.models.linear import LinearConfig
+from heads.models.zero_shot import ZeroShotConfig, ensemble
+from heads.optim import OptimConfig
+from heads.predict import PredictConfig
+from heads.run_folder import load_run
+from heads.train import TrainConfig
+
+Make = Callable[..., Path]
+
+
+def config(cache: Path, join: tuple[Path, ...], run: Path, **options: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "head": LinearConfig(lrs=(0.03,), weight_decays=(0.0,)),
+        "optim": OptimConfig(epochs=20),
+        "quiet": True,
+        "device": "cpu",
+    }
+    return TrainConfig(cache=cache, join=join, run=run, **(values | options))
+
+
+@pytest.fixture
+def halves(make_cache: Make) -> tuple[Path, Path]:
+    """Two caches of one dataset; each tells apart only two of the four classes."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    splits = ["train"] * 250 + ["val"] * 50 + ["test"] * 100
+    paths = []
+    for name, blind in (("one", labels // 2), ("two", labels % 2)):
+        centres = rng.normal(size=(2, 12)) * 3
+        features = (centres[blind] + rng.normal(size=(400, 12))).astype(np.float16)
+        rows = [[label] for label in labels]
+        paths.append(make_cache(name, features, rows, splits, num_classes=4, weights=name))
+    return paths[0], paths[1]
+
+
+def test_a_head_sees_what_either_backbone_sees(halves: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = halves
+    alone = [train.run(config(path, (), tmp_path / path.name)).score for path in halves]
+    joined = train.run(config(one, (two,), tmp_path / "both"))
+    assert max(alone) < 0.7
+    assert joined.score > 0.95
+    loaded = load_run(joined.run)
+    assert loaded.record["feature_dim"] == 24
+    assert [member.alias for member in loaded.members] == ["one", "two"]
+    assert [member.path for member in loaded.members] == [str(one), str(two)]
+    again = train.run(config(one, (two,), tmp_path / "both"))
+    assert again.reused
+
+
+def test_evaluation_finds_all_caches_again(
+    halves: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = halves
+    report = train.run(config(one, (two,), tmp_path / "both"))
+    scores = evaluate.run(EvaluateConfig(run=report.run, split="test", device="cpu"))
+    assert scores.metrics["top1"] == report.metrics["test"]["top1"]
+    named = EvaluateConfig(run=report.run, cache=one, join=(two,), split="test", device="cpu")
+    assert evaluate.run(named).metrics == scores.metrics
+    with pytest.raises(CacheMismatchError, match=r"1 cache\(s\) given, the head in .* on 2 \("):
+        evaluate.run(EvaluateConfig(run=report.run, cache=one, device="cpu"))
+    swapped = EvaluateConfig(run=report.run, cache=two, join=(one,), device="cpu")
+    with pytest.raises(CacheMismatchError, match=r"two: backbone.weights differs"):
+        evaluate.run(swapped)
+    single = train.run(config(one, (), tmp_path / "single"))
+    with pytest.raises(CacheMismatchError, match=r"2 cache\(s\) given, the head in .* on 1 \("):
+        evaluate.run(EvaluateConfig(run=single.run, cache=one, join=(two,), device="cpu"))
+    for model in (EvaluateConfig, PredictConfig):
+        with pytest.raises(ValueError, match="needs cache"):
+            model.model_validate(
+                {"run": report.run, "join": [two], "out": "x.csv", "images": "x"}
+                if model is PredictConfig
+                else {"run": report.run, "join": [two]}
+            )
+
+
+@pytest.fixture
+def backbones(tiny_clip: Path, image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Caches of one folder by two backbones that normalise pixels differently."""
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other_clip"
+    shutil.copytree(tiny_clip, other)
+    tensors = load_file(other / "open_clip_model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, other / "open_clip_model.safetensors")
+    settings = json.loads((other / "open_clip_config.json").read_text())
+    settings["preprocess_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (other / "open_clip_config.json").write_text(json.dumps(settings))
+    paths = []
+    for name, model in (("first", tiny_clip), ("second", other)):
+        path = tmp_path / "caches" / name
+        extract.run(
+            ExtractConfig.model_validate(
+                {
+                    "cache": path,
+                    "dataset": {"kind": "folder", "root": image_folder},
+                    "backbone": {"kind": "open_clip", "model": f"local-dir:{model}"},
+                    "device": "cpu",
+                }
+            )
+        )
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def test_new_images_go_through_every_backbone(
+    backbones: tuple[Path, Path], image_folder: Path, tmp_path: Path
+) -> None:
+    one, two = backbones
+    run = train.run(config(one, (two,), tmp_path / "both", optim=OptimConfig(epochs=3))).run
+    cached = predict.run(
+        PredictConfig(
+            run=run, cache=one, join=(two,), split="val", out=tmp_path / "a.csv", device="cpu"
+        )
+    ).table
+    shutil.rmtree(tmp_path / "caches")
+    broken = image_folder / "val" / "cat" / "broken.jpg"
+    broken.write_bytes(b"nothing")
+    found = predict.run(
+        PredictConfig(run=run, images=image_folder / "val", out=tmp_path / "b.csv", device="cpu")
+    )
+    assert [(one.path, one.reason) for one in found.unreadable] == [
+        ("cat/broken.jpg", "not an image, or of an unknown format")
+    ]
+    assert found.table["path"].tolist() == [
+        path.removeprefix("val/") for path in cached["path"].sort_values()
+    ]
+    cached = cached.sort_values("path")
+    assert found.table["class_1"].tolist() == cached["class_1"].tolist()
+    assert_allclose(found.table["probability_1"], cached["probability_1"], atol=2e-3)
+
+
+def test_zero_shot_takes_the_mean_of_the_backbones_cosines(
+    backbones: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, two = backbones
+    head = ZeroShotConfig(templates="plain")
+    run = train.run(config(one, (two,), tmp_path / "both", head=head)).run
+    joined = open_joined(backbones)
+    rows = joined.rows("val")
+    features = torch.from_numpy(joined.array("image/projected").read(rows))
+    cosines = []
+    for path in backbones:
+        cache = open_cache(path)
+        text = class_text.class_text_features(cache, ["a photo of a {name}."], pytest.fail)
+        image = torch.from_numpy(cache.array("image/projected").read(rows)).float()
+        vectors = ensemble(torch.from_numpy(text))
+        cosines.append(torch.nn.functional.normalize(image, dim=1) @ vectors.T)
+    scale = joined.attributes["logit_scale"]
+    expected = scale * torch.stack(cosines).mean(0)
+    torch.testing.assert_close(load_run(run).head(features), expected, atol=1e-3, rtol=1e-4)

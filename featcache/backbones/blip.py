@@ -93,6 +93,7 @@ class BlipConfig(BackboneConfig):
         source = find_source("backbone.model", self.model, PRESETS)
         model = load_model(transformers.BlipForImageTextRetrieval, source)
         tokenizer = load_part(transformers.AutoTokenizer, source)
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
         processor = load_part(transformers.BlipImageProcessor, source)
         text, vision = model.config.text_config, model.config.vision_config
         if self.max_text_tokens > text.max_position_embeddings:

@@ -160,8 +160,8 @@ def pixel_spec(processor: Any, image_size: int, source: Source) -> PixelSpec:
 class FusedAttention(nn.Module):
     """BLIP's vision attention in one kernel, on the same weights.
 
-    The library writes its (B, heads, 577, 577) scores out. Measured on two processor cores, BLIP
-    base at 384 pixels, float32: half the time of the whole tower, outputs within 3e-6.
+    The library writes its (B, heads, 577, 577) scores out, which costs a good part of the tower's
+    time (benchmarks/blip.py); outputs stay within 3e-6 of its own.
     """
 
     def __init__(self, attention: Any) -> None:

@@ -133,7 +133,7 @@ def _text(found: dict[str, Any], num_classes: int) -> str:
     backbone, dataset, pixels = identity["backbone"], identity["dataset"], identity["preprocess"]
     shards = found["shards"]
     state = "complete" if found["complete"] else "unfinished"
-    height, width = pixels["size"]
+    height, columns = pixels["size"]
     lines = [
         f"cache        {found['path']} ({state})",
         f"fingerprint  {found['fingerprint']}",
@@ -141,14 +141,18 @@ def _text(found: dict[str, Any], num_classes: int) -> str:
         f"{found['num_classes']} classes, {found['num_captions']} captions",
         f"backbone     {backbone['kind']} {backbone['name']}, {identity['precision']}, "
         f"weights {backbone['weights']}",
-        f"pixels       {height}x{width}, {pixels['mode']} mode",
+        f"pixels       {height}x{columns}, {pixels['mode']} mode",
+        *_how_text_enters(identity),
         f"shards       {shards['image']['done']} of {shards['image']['total']} image, "
         f"{shards['text']['done']} of {shards['text']['total']} text",
         "features",
     ]
+    width = max(16, *map(len, found["arrays"]))
     for name, array in found["arrays"].items():
         shape = " x ".join(map(str, array["shape"]))
-        lines.append(f"  {name:<16} {shape} {array['dtype']}, {human_bytes(array['num_bytes'])}")
+        lines.append(
+            f"  {name:<{width}} {shape} {array['dtype']}, {human_bytes(array['num_bytes'])}"
+        )
     if found["token_error"] is not None:
         lines.append(f"  {TokenError(**found['token_error'])}")
     lines.append("splits")
@@ -176,6 +180,15 @@ def _labels_and_captions(counts: dict[str, int]) -> str:
         if counts[kind]
     ]
     return "".join(f", {part}" for part in parts)
+
+
+def _how_text_enters(identity: dict[str, Any]) -> list[str]:
+    """The line about captions, if they do not enter as they are."""
+    policy = identity["features"]["text_policy"]
+    options = [f"{name} {value}" for name, value in identity["backbone"]["options"].items()]
+    if policy == "raw" and not options:
+        return []
+    return [f"text         {', '.join([policy, *options])}"]
 
 
 def _class_lines(found: dict[str, Any], num: int) -> list[str]:

@@ -15,6 +15,8 @@ from featcache.backbones.open_clip import OpenClipConfig
 from featcache.errors import BackboneError, CacheError, CacheMismatchError, ConfigError
 from featcache.extract import ExtractConfig, run
 from featcache.extraction import Extraction
+from featcache.info import InfoConfig
+from featcache.info import run as info
 from featcache.precision import Sample, open_checked
 from featcache.reader import open_cache
 from featcache.text_input import picture_of
@@ -129,6 +131,10 @@ def test_plan_names_the_arrays_and_their_sizes(make, capsys):
     assert "image/multimodal 14 x 12 x 32 float16" in " ".join(shown.split())
     assert "image/multimodal_mask 14 x 12 bool" in " ".join(shown.split())
     assert "image/itm 14 x 2 float16" in " ".join(shown.split())
+    config = make(features={"multimodal": "states", "itm": True})
+    info(InfoConfig(cache=config.cache))
+    shown = capsys.readouterr().out
+    assert "text         picture_of, max_text_tokens 12, enc_token False" in shown
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(make, monkeypatch):

@@ -41,8 +41,8 @@ def read_arrays(file: Path, arrays: Mapping[str, Columns | None]) -> dict[str, A
         are left out; whatever else the file holds is skipped.
 
     Raises:
-        DatasetError: no such file, malformed or cut off, or an element without a field or with one
-            of another type; the message names the place.
+        DatasetError: no such file, unreadable, malformed or cut off, or an element without a field
+            or with one of another type; the message names the place.
     """
     if not file.is_file():
         raise DatasetError(f"{file}: no such file; expected JSON annotations")
@@ -62,6 +62,8 @@ def read_arrays(file: Path, arrays: Mapping[str, Columns | None]) -> dict[str, A
                 counts[name] = counts.get(name, 0) + len(elements)
     except UnicodeDecodeError as error:
         raise DatasetError(f"{file}: not UTF-8 ({error.reason}); expected JSON") from None
+    except OSError as error:
+        raise DatasetError(f"{file}: cannot be read ({error.strerror})") from None
     results: dict[str, Any] = {}
     for name, known in parts.items():
         columns = arrays[name]

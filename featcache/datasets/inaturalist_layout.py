@@ -41,14 +41,8 @@ def resolve(root: Path, version: str, split: str, names: pa.Array, check_files: 
         return names
     if not check_files:
         probes = names.take(pa.array(probe_rows(len(names))))
-        candidates = list(zip(*(_in_layout(probes, version, i) for i in range(4)), strict=True))
+        candidates = zip(*(_in_layout(probes, version, i) for i in range(4)), strict=True)
         found = {_first_existing(root, paths) for paths in candidates} - {-1}
-        if not found:
-            tried = ", ".join(dict.fromkeys(map(str, candidates[0])))
-            raise DatasetError(
-                f"{root}: found none of {len(probes)} images of {split}, e.g. none of {tried}; "
-                "check dataset.root and dataset.version, or leave the split out (dataset.splits)"
-            )
         if len(found) == 1:
             return _in_layout(names, version, found.pop())
     paths = _in_layout(names, version, 0)
@@ -60,6 +54,13 @@ def resolve(root: Path, version: str, split: str, names: pa.Array, check_files: 
         unseen = unseen[~there]
         if len(unseen) == 0:
             break
+    if len(unseen) == len(names):
+        places = dict.fromkeys(str(_in_layout(names.slice(0, 1), version, i)[0]) for i in range(4))
+        raise DatasetError(
+            f"{root}: found none of the {len(names)} images of {split}, the first as none of "
+            f"{', '.join(places)}; check dataset.root and dataset.version, or leave the split out "
+            "(dataset.splits)"
+        )
     if check_files and len(unseen):
         raise DatasetError(
             f"{root}: {len(unseen)} of the {len(names)} images of {split} are not there, e.g. "

@@ -236,10 +236,19 @@ def test_missing_images_stay_rows_unless_all_are_looked_for(make: Make) -> None:
     one_line(error, root, "2021/" + lost[0])
 
 
+def test_a_download_that_has_hardly_begun_is_no_wrong_root(make: Make) -> None:
+    root, source = make(train=5 * PROBES)
+    present = probe_rows(5 * PROBES)[3] + 1  # not among the images that are looked for first
+    for row, image in enumerate(source["train"]["images"]):
+        if row != present:
+            (root / "2021" / image["file_name"]).unlink()
+    assert rows_of(InaturalistConfig(root=root).open()) == expected_rows(source, "2021/")
+
+
 def test_a_wrong_root_is_one_line(make: Make, tmp_path: Path) -> None:
     root, _ = make()
     (root / "2021").rename(root / "2018")
-    with pytest.raises(DatasetError, match="none of 30 images of train") as error:
+    with pytest.raises(DatasetError, match="none of the 30 images of train") as error:
         InaturalistConfig(root=root).open()
     one_line(error, root, "dataset.version")
     with pytest.raises(DatasetError, match=r"found none of train2018\.json, .*dataset\.version"):

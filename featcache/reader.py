@@ -4,7 +4,7 @@
 once, on its first use. After that a read is a copy out of the page cache.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from featcache.quantize import SCALE
 from featcache.quantized_array import QuantizedArray
 from featcache.storage import Where
 from featcache.store import Store
+from featcache.string_table import strings_of
 
 if TYPE_CHECKING:
     from featcache.torch_dataset import FeatureDataset
@@ -107,17 +108,17 @@ class Cache:
         ]
 
     @cached_property
-    def ids(self) -> list[str]:
+    def ids(self) -> Sequence[str]:
         """The N row ids, in row order."""
         return self._strings("rows/id")
 
     @cached_property
-    def paths(self) -> list[str]:
+    def paths(self) -> Sequence[str]:
         """The N image paths relative to the dataset's root, in row order."""
         return self._strings("rows/path")
 
     @cached_property
-    def captions(self) -> tuple[npt.NDArray[np.int64], list[str]]:
+    def captions(self) -> tuple[npt.NDArray[np.int64], Sequence[str]]:
         """(N+1,) offsets and the M captions; row i has captions offsets[i]..offsets[i+1]."""
         return self._numbers("text/offsets"), self._strings("rows/caption_values")
 
@@ -319,8 +320,8 @@ class Cache:
     def _numbers(self, name: str) -> npt.NDArray[Any]:
         return self.array(name).read()
 
-    def _strings(self, name: str) -> list[str]:
-        return [str(text) for text in self.store.read(name)]
+    def _strings(self, name: str) -> Sequence[str]:
+        return strings_of(self.store, name)
 
     def _done_rows(self, kind: Any, num_rows: int) -> npt.NDArray[np.bool_]:
         if self.complete:

@@ -1,6 +1,8 @@
 """Tables written piece by piece are those written at once, and zarr reads them."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import zarr
 
 from featcache.chunks import ArrayFiles
 from featcache.errors import CacheCorruptError
+from featcache.store import Store
+from featcache.string_table import StringTable, strings_of
 from featcache.tables import TableWriter, group_document, read_strings, write_array, write_document
 
 STRINGS = ["one", "", "drei", "日本", "x" * 300, "six", "seven"]
@@ -60,3 +64,20 @@ def test_damage_in_a_table_is_named(tmp_path: Path) -> None:
     file.write_bytes(raw)
     with pytest.raises(CacheCorruptError, match=r"s/c/1: checksum does not match"):
         list(read_strings(ArrayFiles.open(tmp_path, "s")))
+
+
+def test_a_long_table_is_a_sequence_read_in_parts(written: Callable[..., Any]) -> None:
+    made = written(num_rows=50)
+    store = Store.open(made.path)
+    assert strings_of(store, "rows/id") == made.plan.manifest.ids  # one chunk: a list
+    names = [f"é{row}" for row in range(50)]
+    write_array(made.path, "rows/long", np.array(names, object), 2, None)
+    table = strings_of(store, "rows/long")
+    assert isinstance(table, StringTable)
+    assert list(table) == names
+    assert [table[row] for row in range(-50, 50)] == names * 2
+    assert table[3:48:7] == names[3:48:7]
+    assert table[45:99] == names[45:]
+    assert table.index("é40") == 40
+    with pytest.raises(IndexError, match="row 50 of a table of 50"):
+        table[50]

@@ -361,3 +361,27 @@ def test_tars_on_a_store_read_as_on_a_disk(
     assert open_cache(tmp_path / "cache").attributes["root"] == f"{bucket}/some"
     with pytest.raises(DatasetError, match=r"some/no-\*.tar: no such tar"):
         opened(train=f"{bucket}/some/no-*.tar")
+
+
+def test_a_further_tar_costs_only_its_own_images(
+    tmp_path: Path, tiny_clip: Path, packed: Path
+) -> None:
+    late = (packed / "train-1.tar").rename(packed / "later.tar")
+    options = {
+        "kind": "webdataset",
+        "train": f"{packed}/train-*.tar",
+        "val": f"{packed}/val-0.tar",
+        "index": str(tmp_path / "index"),
+    }
+    config = extraction(tiny_clip, tmp_path / "cache", options)
+    assert run(config).num_extracted == 11
+    late.rename(packed / "train-1.tar")
+    report = run(config)
+    assert (report.num_rows, report.num_extracted, report.num_copied) == (14, 3, 11)
+    run(extraction(tiny_clip, tmp_path / "fresh", options))
+    grown, fresh = open_cache(tmp_path / "cache"), open_cache(tmp_path / "fresh")
+    assert grown.identity == fresh.identity
+    assert grown.ids == fresh.ids
+    np.testing.assert_allclose(
+        grown.array("image/projected").read(), fresh.array("image/projected").read(), atol=1e-3
+    )

@@ -110,7 +110,8 @@ def _fail_at(
         except (TypeError, ValueError, OverflowError):
             found = _shown(element[field])
             raise DatasetError(f"{place} has {field} {found}; expected {_words(dtype)}") from None
-    raise AssertionError("some element was wrong")
+    place = f"{file}: elements {start} to {start + len(elements) - 1}{array}"
+    raise DatasetError(f"{place} have {field} of different types; expected {_words(dtype)}")
 
 
 def _words(dtype: pa.DataType) -> str:
@@ -120,7 +121,7 @@ def _words(dtype: pa.DataType) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
     return text if len(text) <= 40 else text[:40] + "…"
 
 

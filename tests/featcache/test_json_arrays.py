@@ -93,6 +93,11 @@ def test_a_file_cut_off_anywhere_is_one_line(
         ('{"images": [{"id": 1, "name": null}]}', "has name null; expected text"),
         ('{"images": [{"id": 1, "name": 5}]}', "has name 5; expected text"),
         ('{"images": [{"id": 1}]}', "element 0 of 'images' has no 'name'; found id"),
+        ('{"images": [{"id": 1, "name": "\\ud800"}]}', "has name .*; expected text"),
+        (
+            '{"images": [{"id": 9007199254740993, "name": "a"}, {"id": 1.0, "name": "a"}]}',
+            "elements 0 to 1 of 'images' have id of different types",
+        ),
         ('{"images": [7]}', "element 0 of 'images' is 7; expected an object"),
         ('{"images": [{"id": 1 "name": "a"}]}', "delimiter"),
         ('{"images": [{"id": 1, "name": "a"} {}]}', "expected a comma"),

@@ -48,6 +48,7 @@ test: lint
 bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/cache.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/mop.py
 
 clean:

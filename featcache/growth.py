@@ -101,7 +101,7 @@ def begin(
         backbone: the encoder.
         plan: the cache that is wanted.
         batch_size: images per forward pass.
-        resources: closed with the update; holds the writer's lock.
+        resources: holds the writer's lock; the update takes it over.
 
     Raises:
         CacheMismatchError: if more than `max_lost` of the cached images would be dropped.
@@ -139,9 +139,8 @@ def begin(
         begun = create(building, replaced(plan, attributes=attributes), linked)
     else:
         print(f"  goes on with {building}", flush=True)
-    return Growth(
-        config, manifest, backbone, begun, batch_size, resources, donors=donors, survey=found
-    )
+    held = resources.pop_all()  # from here on the lock is the update's
+    return Growth(config, manifest, backbone, begun, batch_size, held, donors=donors, survey=found)
 
 
 def describe(found: Survey, text: bool) -> str:

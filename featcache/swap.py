@@ -153,4 +153,4 @@ def _delete(folder: Path | StoreUrl, path: Path | StoreUrl) -> None:
         return
     doomed = folder.with_name(f"{path.name}{PARTIAL}-{secrets.token_hex(4)}")  # `sweep` knows these
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # network disks keep files that somebody has mapped

@@ -405,6 +405,21 @@ def test_augmented_views_follow_the_row_id(make, meter, image_folder, make_jpeg)
     assert_like_fresh(config.cache, fresh.cache)
 
 
+def test_one_writer_at_a_time(make, image_folder, make_jpeg):
+    config = make()
+    run(config)
+    (image_folder / "train/cat/a.jpg").write_bytes(make_jpeg(40, 40, 850))
+    with plan(config) as session:
+        with pytest.raises(CacheError, match="is writing this cache"):
+            run(config)
+        for shard in session.pending():
+            session.extract(shard)
+        with pytest.raises(CacheError, match="is writing this cache"):
+            run(config)
+        session.finish()
+    assert run(config).num_extracted == 0
+
+
 def test_somebody_elses_folder_is_left_alone(make, image_folder, make_jpeg):
     config = make()
     run(config)

@@ -92,14 +92,7 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
 _METADATA = ("class", "phylum", "kingdom", "numeral")
 
 
-_SET_OF_KIND = {
-    "birdsnap": "birds",
-    "cub200": "birds",
-    "gtsrb": "traffic_signs",
-    "stanford_cars": "cars",
-    "imagenet_folder": "imagenet",
-    "wordnet_folder": "imagenet",
-}
+_SET_OF_KIND = {"stanford_cars": "cars", "wordnet_folder": "imagenet_7"}
 """Sets that suit a dataset kind of another name, if its class table says nothing better."""
 
 
@@ -112,6 +105,7 @@ def choose(kind: str, columns: Sequence[str]) -> str:
             biology; anything else the kind's nearest set, or generic.
     """
     kind = kind.removesuffix("_few_shot")  # another split of the same classes
+    kind = kind.removesuffix("_few_shot")
     if kind in TEMPLATES:
         return kind
     if {"make", "model"} <= set(columns):

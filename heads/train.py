@@ -4,7 +4,6 @@ python -m heads.train --cache cache/inat2021
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from featcache.storage import CachePath
 from heads import optim as optimisation
 from heads import run_folder
 from heads.base import FeatureSpec, Head, HeadConfig
+from heads.checkpoint import CHECKPOINT, NOTHING, Best, better, restore_state, save_state
 from heads.data import (
     FeatureTable,
     Part,
@@ -51,12 +51,9 @@ from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
 from heads.progress import ProgressLine, duration
-from heads.run_folder import Checkpoint, RunError
+from heads.run_folder import RunError
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = "last.safetensors"
-"""State of an unfinished training, in its run folder."""
 
 SAVE_SECONDS = 10.0
 """Time between two saved states, if the user names no number of epochs."""
@@ -132,26 +129,6 @@ class TrainReport:
         """The main metric (top-1 or mAP, 0..1) on test rows, or on validation rows without any."""
         name = self.metrics["metric"]
         return float((self.metrics.get("test") or self.metrics["val"])[name])
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best model so far, by validation.
-
-    Attributes:
-        value: main metric, 0..1. epoch: counted from 1. candidate: see `Head.candidates`.
-        by_candidate: best value of each candidate. state: its trained tensors.
-    """
-
-    value: float
-    epoch: int
-    candidate: str
-    by_candidate: dict[str, float]
-    state: Mapping[str, Tensor]
-
-
-NOTHING = Best(-math.inf, 0, "", {}, {})
-"""Before the first validation."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +245,8 @@ def fit(
     best, history = NOTHING, list[dict[str, Any]]()
     last = config.run / CHECKPOINT
     if last.is_file():
-        best, history = _restore(run_folder.read_tensors(last), head, optimizer, cache_fingerprint)
+        saved_state = run_folder.read_tensors(last)
+        best, history = restore_state(saved_state, head, optimizer, cache_fingerprint)
     progress = ProgressLine(config.quiet)
     first_epoch, started = len(history), time.perf_counter()
     saved = started
@@ -301,7 +279,7 @@ def fit(
         means = _epoch_means(losses, step)
         head.eval()
         values = score_candidates(head, material.val, material.val_part)
-        best = _better(best, values, head, epoch + 1)
+        best = better(best, values, head, epoch + 1)
         now = time.perf_counter()
         history.append(
             {
@@ -319,7 +297,7 @@ def fit(
             due = (epoch + 1) % config.save_every == 0
         if due and epoch + 1 < optim.epochs:
             run_folder.write_history(config.run / "history.jsonl", history)
-            _save(last, head, optimizer, best, history, cache_fingerprint)
+            save_state(last, head, optimizer, best, history, cache_fingerprint)
             saved = now
         left = (now - started) / (epoch + 1 - first_epoch) * (optim.epochs - epoch - 1)
         progress.show(
@@ -408,19 +386,7 @@ def summary(report: TrainReport) -> str:
 
 def _untrained(head: Head, material: Material) -> Best:
     values = score_candidates(head, material.val, material.val_part)
-    return _better(NOTHING, values, head, 0)
-
-
-def _better(best: Best, values: Mapping[str, float], head: Head, epoch: int) -> Best:
-    """`best`, or a copy of the candidate that beats it; equal values keep the earlier one."""
-    by_candidate = {
-        name: max(value, best.by_candidate.get(name, -math.inf)) for name, value in values.items()
-    }
-    name = max(values, key=lambda key: values[key])
-    if values[name] <= best.value:
-        return Best(best.value, best.epoch, best.candidate, by_candidate, best.state)
-    state = {key: t.detach().cpu().clone() for key, t in head.trained_state(name).items()}
-    return Best(values[name], epoch, name, by_candidate, state)
+    return better(NOTHING, values, head, 0)
 
 
 def _epoch_means(losses: Mapping[str, list[Tensor]], step: int) -> dict[str, float]:
@@ -434,60 +400,6 @@ def _epoch_means(losses: Mapping[str, list[Tensor]], step: int) -> dict[str, flo
             "optim.lr or set optim.clip_norm"
         )
     return {name: float(values.mean()) for name, values in columns.items()}
-
-
-def _save(
-    path: Path,
-    head: Head,
-    optimizer: torch.optim.Optimizer,
-    best: Best,
-    history: list[dict[str, Any]],
-    cache_fingerprint: str,
-) -> None:
-    state = optimizer.state_dict()["state"]
-    tensors = {f"head/{name}": tensor for name, tensor in head.state_dict().items()}
-    tensors |= {f"best/{name}": tensor for name, tensor in best.state.items()}
-    for index, values in state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{name}"] = value
-    record = {
-        "cache": cache_fingerprint,
-        "history": history,
-        "best": {
-            "value": best.value,
-            "epoch": best.epoch,
-            "candidate": best.candidate,
-            "by_candidate": best.by_candidate,
-        },
-        "versions": run_folder.versions(),
-    }
-    run_folder.write_tensors(path, tensors, record)
-
-
-def _restore(
-    saved: Checkpoint, head: Head, optimizer: torch.optim.Optimizer, cache_fingerprint: str
-) -> tuple[Best, list[dict[str, Any]]]:
-    """Puts a saved state into head and optimiser; returns the best model and the history."""
-    record = saved.record
-    if record["cache"] != cache_fingerprint:
-        raise RunError(
-            f"the interrupted training read cache {record['cache']}, this one is "
-            f"{cache_fingerprint}; use --restart, or the other cache"
-        )
-    groups: dict[str, dict[str, Tensor]] = {"head": {}, "best": {}, "optimizer": {}}
-    for name, tensor in saved.tensors.items():
-        kind, rest = name.split("/", 1)
-        groups[kind][rest] = tensor
-    head.load_state_dict(groups["head"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in groups["optimizer"].items():
-        index, key = name.split("/", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    current = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
-    best = Best(**record["best"], state=groups["best"])
-    return best, list(record["history"])
 
 
 def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:

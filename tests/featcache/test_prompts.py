@@ -87,6 +87,8 @@ def test_underscores_become_blanks_unless_kept() -> None:
         ("flowers102", ["name"], "flowers102"),
         ("stanford_cars", ["name", "make", "model"], "vehicles"),
         ("stanford_cars", ["name"], "cars"),
+        ("flowers102_few_shot", ["name"], "flowers102"),
+        ("wordnet_folder", ["name", "wnid"], "imagenet_7"),
     ],
 )
 def test_choice(kind: str, columns: list[str], expected: str) -> None:

@@ -38,6 +38,8 @@ from heads.base import FeatureSpec, Head, HeadConfig
 from heads.models import HEADS
 
 FORMAT = 1
+_MEANING = {"multimodal": ("text_policy",), "tokens": ("tokens", "token_layer")}
+"""Fields of the kept features that decide what an array's numbers mean, by its name."""
 _REPORTED = ("torch", "numpy", "safetensors", "open_clip_torch", "featcache")
 
 
@@ -113,15 +115,14 @@ class LoadedRun:
                 f"trained on {len(trained)} ({', '.join(one.path for one in trained)}); give as "
                 "many in that order, the first with --cache, the others with --join"
             )
+        feature = str(self.record["feature"])
         for part, member in zip(cache.parts, trained, strict=True):
-            for name in ("backbone", "preprocess"):
-                have_all, want_all = part.identity.record()[name], member.identity.record()[name]
-                for field, have, want in differences(have_all, want_all, f"{name}."):
-                    raise CacheMismatchError(
-                        f"{part.path}: {field} differs: the cache holds {have!r}, the head in "
-                        f"{self.path} was trained on {want!r}; extract with that, or train a new "
-                        "head"
-                    )
+            found, expected = (_meaning(one.identity, feature) for one in (part, member))
+            for field, have, want in differences(found, expected):
+                raise CacheMismatchError(
+                    f"{part.path}: {field} differs: the cache holds {have!r}, the head in "
+                    f"{self.path} was trained on {want!r}; extract with that, or train a new head"
+                )
 
     @property
     def members(self) -> list[Member]:
@@ -162,6 +163,19 @@ class LoadedRun:
                     f"head; {advice}"
                 )
         return f"class_hash differs: {cache.class_hash!r} in the cache; {advice}"
+
+
+def _meaning(identity: Identity, feature: str) -> dict[str, Any]:
+    """The parts of an identity that decide what an array's numbers mean.
+
+    Args:
+        identity: of a cache.
+        feature: name of the array.
+    """
+    record = identity.record()
+    fields = [field for name in _MEANING if name in feature for field in _MEANING[name]]
+    kept = {field: record["features"][field] for field in fields}
+    return {"backbone": record["backbone"], "preprocess": record["preprocess"], "features": kept}
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -315,6 +315,10 @@ def test_a_head_on_joint_features_predicts_cached_rows_only(make, captioned, tmp
         {**asked, "cache": str(config.cache), "out": str(tmp_path / "cached.csv")}
     )
     assert len(predict(cached).table) == 14
+    other = make("raw", features={"multimodal": "pooled", "text_policy": "raw"})
+    run(other)
+    with pytest.raises(CacheMismatchError, match=r"features.text_policy differs: .* 'raw', the h"):
+        predict(cached.model_copy(update={"cache": str(other.cache)}))
     files = PredictConfig.model_validate(
         {**asked, "images": str(captioned.parent / "val"), "out": str(tmp_path / "files.csv")}
     )

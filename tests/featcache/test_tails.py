@@ -190,3 +190,46 @@ def test_towers_that_cannot_be_cut_say_so(tmp_path, open_tower):
     for blocks in (4, -1):
         with pytest.raises(BackboneError, match=rf"before_last:{blocks} .* to before_last:3"):
             open_tower("clip").tail(blocks)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_every_tower_gives_what_open_clip_gives(open_tower, kind):
+    backbone = open_tower(kind)
+    visual, spec, pixels = backbone.model.visual, backbone.spec, images(backbone)
+    request = FeatureRequest(pooled=spec.pooled_dim > 0, tokens=True)
+    features = backbone.encode_image(pixels, request)
+    mean = torch.tensor(spec.pixels.mean)[:, None, None]
+    std = torch.tensor(spec.pixels.std)[:, None, None]
+    with torch.no_grad():
+        x = (pixels.float() / 255 - mean) / std
+        inner = visual.forward_intermediates(x, indices=1, output_fmt="NLC")
+    torch.testing.assert_close(features["tokens"], inner["image_intermediates"][0])
+    torch.testing.assert_close(
+        features["projected"], direct(backbone, pixels), rtol=1e-5, atol=1e-5
+    )
+    if spec.pooled_dim:
+        project = visual.head if hasattr(visual, "head") else lambda pooled: pooled @ visual.proj
+        by_hand = project(features["pooled"])
+        torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_siglips_text_tower(tmp_path):
+    text = {"pool_type": "last", "no_causal_mask": True, "proj_bias": True}
+    config = {
+        "embed_dim": 96,
+        "vision_cfg": TOWERS["siglip"],
+        "text_cfg": {**TEXT, **text, "norm_kwargs": {"eps": 1e-6}},
+        "custom_text": True,
+        "init_logit_bias": -10,
+        "init_logit_scale": 2.302585,
+    }
+    (tmp_path / "featcache-tail-text.json").write_text(json.dumps(config))
+    file = str(tmp_path / "featcache-tail-text.json")
+    backbone = OpenClipConfig(model=file, pretrained="random:3").open()
+    texts = ["a cat", "a dog on a mat", "word " * 100]
+    found = backbone.encode_text(texts)
+    with torch.no_grad():
+        expected = backbone.model.encode_text(backbone.tokenizer(texts), normalize=False)
+    torch.testing.assert_close(found, expected)
+    assert backbone.spec.logit_scale == pytest.approx(10, rel=1e-5)
+    assert found.shape == (3, backbone.spec.projected_dim)

@@ -204,9 +204,8 @@ def test_every_tower_gives_what_open_clip_gives(open_tower, kind):
         x = (pixels.float() / 255 - mean) / std
         inner = visual.forward_intermediates(x, indices=1, output_fmt="NLC")
     torch.testing.assert_close(features["tokens"], inner["image_intermediates"][0])
-    torch.testing.assert_close(
-        features["projected"], direct(backbone, pixels), rtol=1e-5, atol=1e-5
-    )
+    expected = direct(backbone, pixels)
+    torch.testing.assert_close(features["projected"], expected, rtol=1e-5, atol=1e-5)
     if spec.pooled_dim:
         project = visual.head if hasattr(visual, "head") else lambda pooled: pooled @ visual.proj
         by_hand = project(features["pooled"])

@@ -80,9 +80,19 @@ class TarSummary:
     lists: bool
 
     def table(self) -> pa.Table:
-        """Its samples: id, path, labels (as written), captions."""
-        with pa.OSFile(str(self.file)) as source:
-            return pa.ipc.open_file(source).read_all()
+        """Its samples: id, path, labels (as written), captions.
+
+        Raises:
+            DatasetError: if the table is damaged or was deleted meanwhile.
+        """
+        try:
+            with pa.OSFile(str(self.file)) as source:
+                return pa.ipc.open_file(source).read_all()
+        except (OSError, pa.ArrowInvalid):
+            raise DatasetError(
+                f"{self.file}: the index of {self.key} is damaged or was deleted; delete it and "
+                "run the same command again, it walks the tar anew"
+            ) from None
 
 
 def index_tar(folder: Location, key: str, rule: SampleRule, index: Path) -> TarSummary:

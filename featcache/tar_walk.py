@@ -138,10 +138,10 @@ class TarFile:
     def _kind_and_size(
         self, header: bytes, place: int, own: dict[str, str], last: str
     ) -> tuple[bytes, int]:
-        unsigned = sum(header[:148]) + sum(header[156:]) + 8 * 32
-        signed = unsigned - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
         try:
-            if _number(header[148:156]) not in (unsigned, signed):
+            found = _number(header[148:156])
+            expected = sum(header) - sum(header[148:156]) + 8 * 32
+            if found != expected and found != expected - 256 * _num_negative(header):
                 raise ValueError("checksum")
             size = int(own["size"]) if "size" in own else _number(header[124:136])
             if size < 0:
@@ -171,6 +171,11 @@ class TarFile:
         except (ValueError, IndexError):
             self.fail(f"has a damaged pax header behind {last}; write or copy it anew")
         return found
+
+
+def _num_negative(header: bytes) -> int:
+    """Bytes that old tars took for negative numbers when they summed a header."""
+    return sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _name(header: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from featcache.manifest import Manifest
 from featcache.reader import open_cache
 from featcache.storage import locate
 from featcache.store import verify
+from featcache.streamed import StreamedManifest
 from featcache.tar_walk import TarFile
 
 Open = Callable[..., Manifest]
@@ -172,7 +174,11 @@ def test_a_tar_is_walked_once_until_it_changes(
     assert walked == ["1.tar", "0.tar", "1.tar"] or sorted(walked[1:]) == ["0.tar", "1.tar"]
     for file in (tmp_path / "index").rglob("*.arrow"):  # a torn table is made anew
         file.write_bytes(file.read_bytes()[:99])
-    assert len(opened(train=f"{tmp_path}/*.tar")) == 11
+    manifest = opened(train=f"{tmp_path}/*.tar")
+    assert len(manifest) == 11
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(DatasetError, match=r"the index of 0.tar is damaged or was deleted"):
+        manifest.block(0, 1)
 
 
 def test_labels_and_captions_from_json(tmp_path: Path, opened: Open) -> None:
@@ -299,7 +305,11 @@ def extraction(tiny_clip: Path, cache: Path, dataset: dict[str, Any], **more: An
 
 
 def test_features_equal_those_of_the_same_files_in_a_folder(
-    tmp_path: Path, tiny_clip: Path, image_folder: Path, packed: Path
+    tmp_path: Path,
+    tiny_clip: Path,
+    image_folder: Path,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(extraction(tiny_clip, tmp_path / "plain", {"kind": "folder", "root": str(image_folder)}))
     options = {
@@ -309,6 +319,11 @@ def test_features_equal_those_of_the_same_files_in_a_folder(
         "index": str(tmp_path / "index"),
     }
     config = extraction(tiny_clip, tmp_path / "streamed", options)
+
+    def all_rows(self: StreamedManifest) -> None:
+        raise AssertionError("all rows are in memory")
+
+    monkeypatch.setattr(StreamedManifest, "rows", property(all_rows))
     assert run(config).num_extracted == 14
     plain, streamed = open_cache(tmp_path / "plain"), open_cache(tmp_path / "streamed")
     np.testing.assert_array_equal(

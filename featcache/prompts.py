@@ -140,7 +140,7 @@ def expand(names: str | Sequence[str], option: str = "templates") -> list[str]:
         else:
             raise ConfigError(
                 f"{option}: no template set {name!r}; known: {', '.join(sorted(TEMPLATES))}, or "
-                'give templates such as "a photo of a {name}."'
+                'give templates such as "a photo of a {name}." (one with a comma as a JSON list)'
             )
     if not found:
         raise ConfigError(f"{option}: found an empty list of prompt templates; give at least one")

@@ -62,12 +62,14 @@ class Member:
     Attributes:
         alias: name in a join; "" = alone.
         path: where it was.
+        fingerprint: of what it held then.
         identity: what it held.
         backbone: options that open its encoder, as recorded in it.
     """
 
     alias: str
     path: str
+    fingerprint: str
     identity: Identity
     backbone: dict[str, Any]
 
@@ -136,20 +138,31 @@ class LoadedRun:
         }
         return [
             Member(
-                one["alias"], one["path"], Identity.model_validate(one["identity"]), one["backbone"]
+                alias=one["alias"],
+                path=one["path"],
+                fingerprint=one["fingerprint"],
+                identity=Identity.model_validate(one["identity"]),
+                backbone=one["backbone"],
             )
             for one in record.get("joined", [alone])
         ]
 
     def growth_since(self, cache: Cache) -> str | None:
-        """How a cache changed since the head was trained on an earlier state of it, as a line.
+        """How a cache changed since the head was trained on an earlier state of it, as a line each.
 
         None if it has not changed, or if the head was trained on another cache.
         """
-        steps = since(cache.history, self.record["cache"]["fingerprint"])
-        return (
-            None if steps is None else f"{cache.path}: trained on an earlier state of it; {steps}"
-        )
+        trained, lines = self.members, []
+        if len(cache.parts) != len(trained):
+            return None
+        for part, member in zip(cache.parts, trained, strict=True):
+            if part.fingerprint == member.fingerprint:
+                continue
+            steps = since(part.history, member.fingerprint)
+            if steps is None:
+                return None
+            lines.append(f"{part.path}: trained on an earlier state of it; {steps}")
+        return "\n".join(lines) or None
 
     def _class_difference(self, cache: Cache) -> str:
         found, expected = [str(name) for name in cache.classes["name"]], self.class_names

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ Make = Callable[..., Path]
 def config(cache: Path, join: tuple[Path, ...], run: Path, **options: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "head": LinearConfig(lrs=(0.03,), weight_decays=(0.0,)),
-        "optim": OptimConfig(epochs=20),
+        "optim": OptimConfig(epochs=8),
         "quiet": True,
         "device": "cpu",
     }
@@ -109,21 +109,40 @@ def backbones(tiny_clip: Path, image_folder: Path, tmp_path: Path) -> tuple[Path
     settings = json.loads((other / "open_clip_config.json").read_text())
     settings["preprocess_cfg"]["mean"] = [0.1, 0.2, 0.3]
     (other / "open_clip_config.json").write_text(json.dumps(settings))
-    paths = []
-    for name, model in (("first", tiny_clip), ("second", other)):
-        path = tmp_path / "caches" / name
-        extract.run(
-            ExtractConfig.model_validate(
-                {
-                    "cache": path,
-                    "dataset": {"kind": "folder", "root": image_folder},
-                    "backbone": {"kind": "open_clip", "model": f"local-dir:{model}"},
-                    "device": "cpu",
-                }
-            )
-        )
-        paths.append(path)
-    return paths[0], paths[1]
+    paths = tmp_path / "caches" / "first", tmp_path / "caches" / "second"
+    extract_into(paths, (tiny_clip, other), image_folder)
+    return paths
+
+
+def extract_into(paths: Sequence[Path], models: Sequence[Path], images: Path) -> None:
+    for path, model in zip(paths, models, strict=True):
+        values = {
+            "cache": path,
+            "dataset": {"kind": "folder", "root": images},
+            "backbone": {"kind": "open_clip", "model": f"local-dir:{model}"},
+            "device": "cpu",
+        }
+        extract.run(ExtractConfig.model_validate(values))
+
+
+def test_a_join_of_grown_caches_is_evaluated_as_such(
+    backbones: tuple[Path, Path],
+    tiny_clip: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    make_jpeg: Callable[[int, int, int], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, two = backbones
+    run = train.run(config(one, (two,), tmp_path / "both", optim=OptimConfig(epochs=1))).run
+    (image_folder / "val" / "dog" / "new.jpg").write_bytes(make_jpeg(40, 40, 99))
+    extract_into(backbones, (tiny_clip, tmp_path / "other_clip"), image_folder)
+    capsys.readouterr()
+    scores = evaluate.run(EvaluateConfig(run=run, split="val", device="cpu"))
+    assert scores.metrics["num_rows"] == 5
+    printed = capsys.readouterr().out.splitlines()
+    for path in backbones:
+        assert any(line.startswith(f"{path}: trained on an earlier state") for line in printed)
 
 
 def test_new_images_go_through_every_backbone(

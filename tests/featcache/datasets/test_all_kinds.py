@@ -18,9 +18,11 @@ import pyarrow as pa
 import pytest
 from scipy.io import savemat
 
+from featcache import extract
 from featcache.datasets import DATASETS
 from featcache.image_bytes import read_bytes
 from featcache.manifest import SPLITS, Manifest
+from featcache.reader import open_cache
 
 Jpeg = Callable[[int, int, int], bytes]
 Make = Callable[[Path, Jpeg], dict[str, Any]]
@@ -297,6 +299,22 @@ def test_a_dataset_may_move(
     shutil.copytree(sources / kind, moved, symlinks=True)
     text = json.dumps(source).replace(str(sources / kind), str(moved))
     assert opened(kind, json.loads(text)).identity == usual.identity
+
+
+def test_extraction_gives_a_cache_with_its_rows_and_classes(
+    kind: str, source: dict[str, Any], tiny_clip: Path, tmp_path: Path
+) -> None:
+    dataset = {**source, "kind": kind, "limit": 6}
+    manifest = opened(kind, dataset)
+    options = {"device": "cpu", "precision": "fp32", "batch_size": 4, "num_readers": 1}
+    backbone = {"kind": "open_clip", "model": f"local-dir:{tiny_clip}"}
+    values = {**options, "dataset": dataset, "backbone": backbone, "cache": tmp_path / "cache"}
+    extract.run(extract.ExtractConfig.model_validate(values))
+    cache = open_cache(tmp_path / "cache")
+    assert cache.identity.dataset == manifest.identity
+    assert list(cache.classes["name"]) == manifest.classes["name"].tolist()
+    assert cache.valid.all()
+    assert np.isfinite(cache.array("image/projected").read()).all()
 
 
 def test_the_documentation_has_a_section(kind: str) -> None:

@@ -190,7 +190,7 @@ class Cache:
                 done = self._done_rows(kind, num)
             if name.startswith("image/"):
                 views = self.identity.features.num_views
-            quantized = self.store.has(name + SCALE)
+            quantized = self.store.files(name).dtype == np.int8
             opened = QuantizedArray if quantized else FeatureArray
             self._features[name] = opened(self.store, name, self._verify, views, done)
         return self._features[name]

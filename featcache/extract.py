@@ -296,10 +296,11 @@ def _features(config: ExtractConfig, manifest: Manifest) -> FeatureIdentity:
     )
     joint = features.multimodal != "none" or features.itm
     if joint and not manifest.num_captions:
+        itm_alone = features.multimodal == "none"
+        option = "features.itm true" if itm_alone else f"features.multimodal {features.multimodal}"
         raise ConfigError(
-            f"features.multimodal {features.multimodal} and features.itm {features.itm} need "
-            f"captions, and the {manifest.kind} dataset has none; python -m featcache.caption "
-            "writes some"
+            f"{option} needs captions, and the {manifest.kind} dataset has none; python -m "
+            "featcache.caption writes some"
         )
     return FeatureIdentity(
         projected=not image_only if features.projected is None else features.projected,

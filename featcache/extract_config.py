@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from featcache.backbones import AnyBackbone
 from featcache.backbones.open_clip import OpenClipConfig
@@ -15,7 +15,7 @@ from featcache.identity import Multimodal, Precision, StorageDtype, TokenDtype
 from featcache.images import PixelMode
 from featcache.precision import PrecisionChoice
 from featcache.storage import CachePath
-from featcache.text_input import AUTO, PATTERN, TextPolicy, open_policy
+from featcache.text_input import AUTO, TextPolicy, check_name, open_policy
 
 
 class FeatureOptions(Config):
@@ -45,7 +45,7 @@ class FeatureOptions(Config):
     its first token, (N, W); states = all T text tokens, (N, T, W), with their mask, and pooled."""
     itm: bool = False
     """Keep matching logits of each image and its first caption (blip), (N, 2): no match, match."""
-    text_policy: str = Field(default=AUTO, pattern=PATTERN)
+    text_policy: Annotated[str, AfterValidator(check_name)] = AUTO
     """How a caption becomes the text tower's input: raw; picture_of = "a picture of " before it;
     MODULE:FUNCTION of yours; contains:MODULE:FUNCTION = "The photo contains a, b." of the phrases
     that it finds; auto = the backbone's own (picture_of for blip, otherwise raw)."""

@@ -5,6 +5,7 @@ only: class prompts are written out by their templates and enter the tower as th
 """
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from featcache.errors import ConfigError
 AUTO = "auto"
 """The backbone's own policy."""
 
-PATTERN = r"^(auto|raw|picture_of|(contains:)?[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)$"
-"""What `features.text_policy` may be: a name, `module:function`, or `contains:module:function`."""
+_NAMES = (AUTO, "raw", "picture_of")
+_CONTAINS = "contains:"
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,23 @@ class TextPolicy:
         return texts
 
 
+def check_name(name: str) -> str:
+    """The name as it is, if it can be a policy's.
+
+    Raises:
+        ValueError: what it may be instead.
+    """
+    if name.rstrip(":") == _CONTAINS.rstrip(":"):
+        raise ValueError("contains needs a phrase extractor; give contains:MODULE:FUNCTION")
+    if name not in _NAMES and not _REFERENCE.fullmatch(name.removeprefix(_CONTAINS)):
+        raise ValueError(
+            f"expected {', '.join(_NAMES)}, MODULE:FUNCTION or contains:MODULE:FUNCTION"
+        )
+    return name
+
+
 def open_policy(name: str) -> TextPolicy:
-    """The policy called `name`; see `PATTERN`.
+    """The policy called `name`: raw, picture_of, or a function; see `check_name`.
 
     Raises:
         ConfigError: if a module or function is not there.
@@ -66,8 +83,8 @@ def open_policy(name: str) -> TextPolicy:
         return TextPolicy(name, list)
     if name == "picture_of":
         return TextPolicy(name, lambda captions: [picture_of(caption) for caption in captions])
-    if name.startswith("contains:"):
-        extract, version = _imported(name.removeprefix("contains:"))
+    if name.startswith(_CONTAINS):
+        extract, version = _imported(name)
         return TextPolicy(f"{name}#{version}", lambda captions: _contains(name, extract, captions))
     function, version = _imported(name)
     return TextPolicy(f"{name}#{version}", function)
@@ -109,10 +126,10 @@ def _contains(name: str, extract: Callable[[list[str]], Any], captions: list[str
     return texts
 
 
-def _imported(reference: str) -> tuple[Callable[[list[str]], Any], str]:
-    """The function `module:name`, and 8 hexadecimal digits over the file that defines it."""
-    module_name, _, function_name = reference.partition(":")
-    option = f"features.text_policy {reference}"
+def _imported(name: str) -> tuple[Callable[[list[str]], Any], str]:
+    """The function of a policy, and 8 hexadecimal digits over the file that defines it."""
+    module_name, _, function_name = name.removeprefix(_CONTAINS).partition(":")
+    option = f"features.text_policy {name}"
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

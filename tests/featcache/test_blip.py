@@ -346,3 +346,22 @@ def test_the_scale_is_the_configurations(tiny_blip, tmp_path):
     shutil.copytree(tiny_blip, folder)
     edit("config.json", logit_scale_init_value=1.5)(folder)
     assert BlipConfig(model=str(folder)).open().spec.logit_scale == pytest.approx(math.exp(1.5))
+
+
+def test_a_folder_in_the_older_layout_of_files(tiny_blip, tmp_path, backbone, capfd):
+    """As on the hub: vocab.txt without tokenizer.json, and buffers among the weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_blip, folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    words = sorted(vocabulary, key=vocabulary.get)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer.json").unlink()
+    options = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    weights = load_file(folder / "model.safetensors")
+    weights["text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    older = BlipConfig(model=str(folder), max_text_tokens=12).open()
+    assert older.spec.identity.weights == backbone.spec.identity.weights
+    close(older.encode_text(TEXTS), backbone.encode_text(TEXTS))
+    assert capfd.readouterr().err == ""

@@ -211,7 +211,7 @@ def test_options_of_the_backbone_are_named_when_they_differ(make, tiny_blip):
 
 def test_joint_features_need_captions_and_a_joint_encoder(make, image_folder, tiny_clip):
     folder = {"kind": "folder", "root": str(image_folder)}
-    with pytest.raises(ConfigError, match=r"need captions, and the folder dataset has none"):
+    with pytest.raises(ConfigError, match=r"multimodal states needs captions, and the folder"):
         run(make(dataset=folder))
     plain = make("plain", dataset=folder, features={})
     run(plain)
@@ -363,3 +363,16 @@ def test_a_changed_first_caption_renews_that_image_only(make, captioned):
     row = grown.paths.index(changed.split(",")[0])
     different = (grown.array("image/multimodal").read() != before) & ~np.isnan(before)
     assert np.flatnonzero(different.any((1, 2))).tolist() == [row]
+
+
+@torch.no_grad()
+def test_cached_tokens_before_the_last_block_give_the_projected_feature(make):
+    options = {"tokens": "before_last:1", "token_dtype": "int8", "storage_dtype": "float32"}
+    config = make(features=options)
+    run(config)
+    cache = open_cache(config.cache)
+    tokens = torch.from_numpy(cache.array("image/tokens").read())
+    assert tokens.shape == (14, 17, 48)
+    finished = config.backbone.open().finish_from(tokens, 1)
+    expected = torch.from_numpy(cache.array("image/projected").read())
+    assert torch.cosine_similarity(finished, expected).min() > 0.999

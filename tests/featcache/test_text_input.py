@@ -1,6 +1,7 @@
 import pytest
 
 from featcache.errors import ConfigError
+from featcache.extract_config import FeatureOptions
 from featcache.text_input import open_policy, photo_contains, picture_of
 
 
@@ -103,3 +104,22 @@ def test_mistakes_are_one_line(hooks, function, message):
     with pytest.raises(ConfigError, match=message) as caught:
         open_policy(function.format(hooks))(["a b", "c"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "raw", "picture_of", "a:b", "a.b_1:C.d", "contains:a:b", "contains:a.b:c"]
+)
+def test_names_of_policies(name):
+    assert FeatureOptions(text_policy=name).text_policy == name
+
+
+@pytest.mark.parametrize("name", ["contains", "contains:"])
+def test_contains_wants_an_extractor(name):
+    with pytest.raises(ValueError, match="contains needs a phrase extractor; give contains:MOD"):
+        FeatureOptions(text_policy=name)
+
+
+@pytest.mark.parametrize("name", ["", "Raw", "picture", "a:", ":b", "a b:c", "contains:a", "a:b:c"])
+def test_other_names_are_refused_with_what_there_is(name):
+    with pytest.raises(ValueError, match="expected auto, raw, picture_of, MODULE:FUNCTION or con"):
+        FeatureOptions(text_policy=name)

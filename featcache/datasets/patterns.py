@@ -23,7 +23,8 @@ def expand(text: str) -> list[str]:
     Raises:
         DatasetError: for braces that are neither.
     """
-    found = [text for part in text.split("::") if part for text in _expanded(part)]
+    parts = [posixpath.expanduser(part) for part in text.split("::") if part]
+    found = [each for part in parts for each in _expanded(part)]
     if len(found) > MAX_FILES:
         raise DatasetError(f"{text}: {len(found)} files; check the braces")
     return found

@@ -14,9 +14,11 @@ from featcache.storage import Location, StoreUrl
 
 BLOCK = 512
 """Tars are made of blocks of this many bytes."""
-_READ_AHEAD = {False: 16 << 10, True: 1 << 20}
-"""Bytes read at a time, from a disk and from an object store: there a request costs as much time as
-a megabyte, on a disk skipping the images is cheaper."""
+_READ_AHEAD = 16 << 10
+"""Bytes read at a time from a disk, where skipping the images costs nothing."""
+_STORE_READ_AHEAD = (64 << 10, 1 << 20, 8 << 20)
+"""Least, first and most bytes read at a time from an object store, where a request takes as long as
+a megabyte: more while headers follow each other closely, fewer while big images lie between."""
 _MAX_EXTENDED = 1 << 20
 """Longest pax or long-name header that is believed."""
 
@@ -58,13 +60,19 @@ class TarFile:
             raise DatasetError(f"{self.where}: no such tar; check the option's pattern")
         self.size, self.version = found.size, found.version
         self._folder, self._key = folder, key
-        self._ahead = _READ_AHEAD[isinstance(folder.url, StoreUrl)]
+        self._adapts = isinstance(folder.url, StoreUrl)
+        self._ahead = _STORE_READ_AHEAD[1] if self._adapts else _READ_AHEAD
         self._start, self._buffer = 0, b""
 
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start`; fewer at the end of the file."""
         first = start - self._start
         if first < 0 or first + size > len(self._buffer):
+            if self._adapts and self._buffer:
+                skipped = start - self._start - len(self._buffer)
+                least, _, most = _STORE_READ_AHEAD
+                close = skipped < self._ahead
+                self._ahead = min(most, 2 * self._ahead) if close else max(least, self._ahead // 2)
             stop = min(self.size, start + max(size, self._ahead))
             self._buffer = self._folder.read_range(self._key, start, stop)
             self._start, first = start, 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featcache.errors import DatasetError
-from featcache.storage import LocalFolder
+from featcache.storage import Entry, LocalFolder, StoreUrl
 from featcache.tar_walk import Member, TarFile
 
 LONG = "a" * 90 + "/" + "b" * 90 + "/" + "ü" * 60
@@ -112,3 +112,33 @@ def test_an_empty_tar_has_no_members(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w"):
         pass
     assert walk(tmp_path / "x.tar") == []
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "most_requests", "largest_share"),
+    [(100_000, 300, 8, 1.0), (3_000_000, 12, 13, 0.2)],
+)
+def test_a_store_is_asked_for_large_pieces_and_not_for_big_images(
+    tmp_path: Path, size: int, count: int, most_requests: int, largest_share: float
+) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = size
+            tar.addfile(info, io.BytesIO(bytes(size)))
+    pieces: list[int] = []
+
+    class Far(LocalFolder):
+        def read_range(self, key: str, start: int, stop: int) -> bytes:
+            pieces.append(stop - start)
+            return (tmp_path / key).read_bytes()[start:stop]
+
+        def entry(self, key: str) -> Entry:
+            return Entry(key, path.stat().st_size, "1")
+
+    folder = Far(tmp_path)
+    folder.url = StoreUrl("bucket")  # type: ignore[assignment]
+    assert len(list(TarFile(folder, "x.tar").members())) == count
+    assert len(pieces) <= most_requests
+    assert sum(pieces) <= largest_share * path.stat().st_size + (1 << 20)

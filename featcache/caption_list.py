@@ -8,8 +8,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -25,22 +26,25 @@ class CaptionList:
         done: paths that have a caption.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, done: set[str]) -> None:
+    def __init__(self, path: Path, file: RawIOBase, done: set[str]) -> None:
         self.path = path
         self.done = done
         self._file = file
 
     def append(self, paths: Sequence[str], captions: Sequence[str]) -> None:
-        """Writes whole lines; they are in the file when this returns.
+        """Writes whole lines; they are in the file when this returns, or none of them.
 
         Raises:
             CacheError: if the disk is full.
         """
         lines = [f"{path} {caption}\n" for path, caption in zip(paths, captions, strict=True)]
+        left = "".join(lines).encode()
+        before = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write("".join(lines).encode())
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) or 0 :]
         except OSError as error:
+            self._file.truncate(before)
             raise CacheError(
                 f"{self.path}: cannot be written ({error.strerror}); what is there stays, the same "
                 "command goes on"
@@ -102,7 +106,7 @@ def open_list(path: Path, record: Mapping[str, Any]) -> Iterator[CaptionList]:
             )
         if found is None:
             _write_record(path, record)
-        with open(path, "ab") as file:
+        with open(path, "ab", buffering=0) as file:
             yield CaptionList(path, file, _done(path))
             os.fsync(file.fileno())
     finally:

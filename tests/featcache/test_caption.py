@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import sys
 
@@ -9,7 +11,7 @@ from PIL import Image
 
 from featcache.backbones.blip import BlipConfig
 from featcache.caption import CaptionConfig, run
-from featcache.caption_list import open_list
+from featcache.caption_list import CaptionList, open_list
 from featcache.captioner import Captioner
 from featcache.config import run_job
 from featcache.datasets.path_lists import read_captions
@@ -197,6 +199,23 @@ def test_two_writers_are_kept_apart(tmp_path):
     with open_list(path, {"model": "x"}) as captions:
         captions.append(["a.jpg"], ["a dog"])
     assert path.read_text() == "a.jpg a dog\n"
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > 12:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:5])
+
+    path = tmp_path / "list.txt"
+    with Full(path, "w") as file:
+        captions = CaptionList(path, file, set())
+        captions.append(["a.jpg"], ["dog"])
+        with pytest.raises(CacheError, match=r"No space left on device.* goes on"):
+            captions.append(["b.jpg", "c.jpg"], ["cat", "mat"])
+    assert path.read_text() == "a.jpg dog\n"
+    assert captions.done == {"a.jpg"}
 
 
 def test_a_retrieval_models_weights_are_refused(make, tiny_blip):

@@ -66,19 +66,18 @@ def _serve(
         labels: each row's classes.
         shots: wanted rows a class.
     """
-    wanted = {name: min(shots, len(rows)) for name, rows in members.items()}
     have = dict.fromkeys(members, 0)
     chosen: dict[int, None] = {}  # keeps the order of choice
     for name in sorted(members, key=lambda name: (len(members[name]), name)):
         for row in members[name].tolist():
-            if have[name] >= wanted[name]:
+            if have[name] >= shots:
                 break
             if row not in chosen:
                 chosen[row] = None
                 for label in labels[row].tolist():
                     have[label] += 1
     for row in list(chosen):  # later rows may have made earlier ones needless
-        if all(have[label] > wanted[label] for label in labels[row].tolist()):
+        if all(have[label] > shots for label in labels[row].tolist()):
             del chosen[row]
             for label in labels[row].tolist():
                 have[label] -= 1

@@ -93,6 +93,13 @@ def test_captions_are_joined_by_image(coco: MakeCoco) -> None:
     assert manifest.paths == manifest.ids
 
 
+def test_many_captions_keep_their_order(coco: MakeCoco, tmp_path: Path) -> None:
+    pairs = [((9, 25, 30)[n * 7 % 3], f"caption {n}") for n in range(300)]
+    write(tmp_path, "captions_train2017", images=images(9, 25, 30), annotations=captions(*pairs))
+    found = coco(splits=("train",)).open().rows.column("captions").to_pylist()
+    assert found == [[text for image, text in pairs if image == i] for i in (9, 25, 30)]
+
+
 def test_images_without_captions_can_be_dropped(coco: MakeCoco) -> None:
     whole, dropped = coco().open(), coco(uncaptioned="drop").open()
     assert set(whole.ids) - set(dropped.ids) == {"train2017/000000000025.jpg"}

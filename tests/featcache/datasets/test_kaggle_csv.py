@@ -86,6 +86,12 @@ def test_the_three_shapes_of_the_source(tmp_path: Path, end: str, last: bool) ->
     assert [r.line for r in records[:4]] == [2, 3, 4, 6]
 
 
+def test_a_caption_may_go_on_with_a_file_name(tmp_path: Path) -> None:
+    lines = ['1.jpg,7,"see', 'cat.jpg, and "dogs', 'b.png,"', '2.jpg,8,"next"']
+    records = read_records(write(tmp_path / "train.csv", HEAD, lines), labelled=True)
+    assert [r.caption for r in records] == ['see\ncat.jpg, and "dogs\nb.png,', "next"]
+
+
 def nasty_captions(count: int, seed: int) -> list[str]:
     """Captions of pieces that break CSV readers."""
     draw = random.Random(seed)

@@ -114,7 +114,6 @@ def run(config: CaptionConfig) -> CaptionReport:
     precision = _precision(config, device, began_with)
     captioner = Captioner(config.model, device, precision)
     record = {
-        "model": captioner.name,
         "weights": captioner.weights,
         "prompt": config.prompt,
         "num_beams": config.num_beams,

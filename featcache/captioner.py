@@ -37,7 +37,6 @@ class Captioner:
         tokenizer: its tokenizer.
         pixels: what the vision tower expects.
         weights: hash over the float32 weights.
-        name: what the weights are called; `local-dir` for a folder.
     """
 
     def __init__(self, model: str, device: torch.device, precision: Precision) -> None:
@@ -57,7 +56,6 @@ class Captioner:
         opened = load_model(transformers.BlipForConditionalGeneration, source)
         self.tokenizer = load_part(transformers.AutoTokenizer, source)
         self.processor = load_part(transformers.BlipImageProcessor, source)
-        self.name = source.identity
         self.weights = weights_hash(opened)
         self.pixels: PixelSpec = pixel_spec(
             self.processor, int(opened.config.vision_config.image_size), source

@@ -63,6 +63,7 @@ _TEXT_KEYS = (
     "hidden_act",
     "layer_norm_eps",
 )
+_SIZES = {768: "base", 1024: "large"}
 _TOKENIZER_KEYS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 
@@ -114,7 +115,8 @@ class BlipConfig(BackboneConfig):
         }
         identity = BackboneIdentity(
             kind="blip",
-            name=source.identity,
+            # By size: the same weights may come from the hub today and from a folder tomorrow.
+            name=f"blip-{_SIZES.get(vision.hidden_size, vision.hidden_size)}-{vision.image_size}",
             weights=weights_hash(model),
             architecture=fingerprint(architecture),
             options={"max_text_tokens": self.max_text_tokens, "enc_token": self.enc_token},

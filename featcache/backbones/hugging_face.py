@@ -38,11 +38,6 @@ class Source:
     name: str
     local: bool
 
-    @property
-    def identity(self) -> str:
-        """Name for a cache's identity; a folder may be moved or renamed, so it has none."""
-        return "local-dir" if self.local else self.name
-
 
 def find_source(option: str, model: str, presets: Mapping[str, str]) -> Source:
     """The files that a model option names.

@@ -238,6 +238,7 @@ def test_it_is_opened_by_folder_whatever_its_name(tiny_blip, tmp_path, backbone)
     copy = tmp_path / "moved"
     shutil.copytree(tiny_blip, copy)
     moved = BlipConfig(model=f"local-dir:{copy}", max_text_tokens=12).open()
+    assert moved.spec.identity.name == "blip-48-32"
     assert moved.spec.identity == backbone.spec.identity
     weights = load_file(copy / "model.safetensors")
     weights["itm_head.bias"][0] += 1e-6

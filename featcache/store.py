@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -138,9 +139,9 @@ class Store:
         """
         path = place(path)
         if isinstance(path, StoreUrl):
-            raw = read_root(path)
+            raw, root = read_root(path)
             attributes = checked_attributes(raw, str(path))
-            mirror = Mirror(locate(path), attributes["fingerprint"])
+            mirror = Mirror(locate(path), attributes["fingerprint"], root)
             mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
         mark = root_mark(path)  # first: whoever takes the cache's place later is noticed
@@ -176,7 +177,8 @@ class Store:
     def has(self, name: str) -> bool:
         """Whether there is an array of that name."""
         if self.mirror is not None:
-            return name in self._arrays or self.mirror.origin.exists(f"{name}/zarr.json")
+            known = name in self._arrays or name in chain(*self.attributes["arrays"].values())
+            return known or self.mirror.origin.exists(f"{name}/zarr.json")
         return (self.folder / name / "c").is_dir() or (self.folder / name / "zarr.json").is_file()
 
     def files(self, name: str) -> ArrayFiles:
@@ -260,7 +262,7 @@ class Store:
         """
         assert self.writable, f"{self.path} is open for reading"
         files = self.files(name)
-        if self.mirror is not None and name.startswith("rows/"):
+        if self.mirror is not None and name == "rows/valid":
             self.mirror.flush()  # no row is declared valid before its features are stored
         files.write(start_row, data, fill_value(str(files.dtype)))
 
@@ -288,6 +290,7 @@ class Store:
         self.files(f"shards/{shard.kind}").write_content(shard.index, header + text)
         if self.mirror is not None:
             self.mirror.flush()
+            self.mirror.forget()
 
     def reports(self, kind: ShardKind) -> dict[int, dict[str, Any]]:
         """Reports of the shards that are done, by index.

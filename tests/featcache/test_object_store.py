@@ -694,4 +694,6 @@ def test_an_upload_that_fails_stops_the_shard(
     store.write_chunks("image/projected", 0, rows)  # returns before the store has answered
     with pytest.raises(StorageDeniedError, match="c/1/0: denied"):
         store.mark_done(shard, {})
+    with pytest.raises(CacheError, match="c/1/0: missing, so shard image/00000"):
+        store.mark_done(shard, {})
     assert store.pending()[0] == shard

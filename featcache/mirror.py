@@ -29,7 +29,7 @@ from pydantic import Field, NonNegativeFloat
 from featcache.cache_plan import human_bytes
 from featcache.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
 from featcache.config import Config, run_job
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 from featcache.storage import Entry, Location, StoreUrl
 
 PARALLEL = 12
@@ -155,26 +155,33 @@ class Mirror:
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder.with_name(f"{self.fingerprint}.lock")):
-            self._require_same()
-            held = self._held(files, chunks)
-            index = self.folder.with_name(f"{self.fingerprint}.versions") / f"{files.name}.json"
-            versions = _read_versions(index)
-            missing = []
-            for chunk in chunks:
-                entry = held.get(files.key(chunk))
-                if entry is None:
-                    require(f"{files.where(chunk)}: missing")
-                    continue
-                known = versions.get(entry.key) == [entry.size, entry.version]
-                if not known or not _is_whole(files, chunk, entry.size, verify):
-                    missing.append((chunk, entry))
             try:
-                self._download(files, missing, versions)
-            finally:
-                if missing:
-                    _place(index, json.dumps(versions).encode())
+                self._fetch(files, chunks, verify)
+            except (UserError, OSError):
+                self._require_same()
+                raise
+            self._require_same()  # last: objects are read by name, one after the other
         os.utime(self.folder)
         self._here.update(files.key(chunk) for chunk in chunks)
+
+    def _fetch(self, files: ArrayFiles, chunks: Sequence[int], verify: bool) -> None:
+        held = self._held(files, chunks)
+        index = self.folder.with_name(f"{self.fingerprint}.versions") / f"{files.name}.json"
+        versions = _read_versions(index)
+        missing = []
+        for chunk in chunks:
+            entry = held.get(files.key(chunk))
+            if entry is None:
+                require(f"{files.where(chunk)}: missing")
+                continue
+            known = versions.get(entry.key) == [entry.size, entry.version]
+            if not known or not _is_whole(files, chunk, entry.size, verify):
+                missing.append((chunk, entry))
+        try:
+            self._download(files, missing, versions)
+        finally:
+            if missing:
+                _place(index, json.dumps(versions).encode())
 
     def _download(
         self, files: ArrayFiles, missing: list[tuple[int, Entry]], versions: dict[str, Any]

@@ -134,8 +134,8 @@ def _by_split(seen: Survey, manifest: Manifest) -> dict[str, int]:
 def _rate(store: Store) -> float | None:
     """Images per second that the cache was encoded at, as far as that is known."""
     rates = store.attributes.get("summary", {}).get("images_per_second", {})
-    rate = rates.get("total") or rates.get("encode")
-    return float(rate) if rate else None
+    known = [float(rates[part]) for part in ("read", "encode", "write") if rates.get(part)]
+    return min(known) if known else None  # they overlap, so the slowest decides
 
 
 def _row_bytes(store: Store, kind: str) -> int:

@@ -64,6 +64,11 @@ class Donor:
             for item in report.get("invalid", ())
         }
 
+    def forget_keys(self) -> None:
+        """Frees the hashes, which only comparing needs; they are made again if asked for."""
+        self.__dict__.pop("keys", None)
+        self.__dict__.pop("index", None)
+
     def take(self, name: str, rows: IntArray) -> npt.NDArray[Any]:
         """(n, ...) rows of an array, in any order, straight from the chunk files."""
         files = self.store.files(name)

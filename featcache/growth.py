@@ -139,6 +139,8 @@ def begin(
         begun = create(building, replaced(plan, attributes=attributes), linked)
     else:
         print(f"  goes on with {building}", flush=True)
+    for donor in donors:
+        donor.forget_keys()
     held = resources.pop_all()  # from here on the lock is the update's
     return Growth(config, manifest, backbone, begun, batch_size, held, donors=donors, survey=found)
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import Field, NonNegativeInt
 
 from featcache.cache_plan import human_bytes
+from featcache.changes import describe as changes
 from featcache.config import Config, run_job
 from featcache.quantize import SCALE, TokenError
 from featcache.reader import Cache, open_cache
@@ -83,6 +84,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             kind: {"done": len(reports[kind]), "total": len(cache.store.shards(kind))}
             for kind in ("image", "text")
         },
+        "history": cache.history,
         "versions": cache.attributes["versions"],
     }
 
@@ -145,8 +147,12 @@ def _text(found: dict[str, Any], num_classes: int) -> str:
         *_how_text_enters(identity),
         f"shards       {shards['image']['done']} of {shards['image']['total']} image, "
         f"{shards['text']['done']} of {shards['text']['total']} text",
-        "features",
     ]
+    lines += [
+        f"earlier      {entry['num_rows']} rows until {entry['date']}: {changes(entry['changed'])}"
+        for entry in found["history"]
+    ]
+    lines.append("features")
     width = max(16, *map(len, found["arrays"]))
     for name, array in found["arrays"].items():
         shape = " x ".join(map(str, array["shape"]))

@@ -5,6 +5,7 @@ import logging
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,25 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": TINY_PIXELS}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
+
+
+_OPENED: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps opened backbones between tests: opening one is most of what a tiny extraction takes."""
+    from featcache.backbones.open_clip import OpenClipConfig
+
+    original = OpenClipConfig.open
+
+    def opened(self: Any, device: str = "cpu", precision: Any = "fp32") -> Any:
+        key = self.to_yaml(), device, precision
+        if key not in _OPENED:
+            _OPENED[key] = original(self, device, precision)
+        return _OPENED[key]
+
+    monkeypatch.setattr(OpenClipConfig, "open", opened)
 
 
 def photo(height: int, width: int, seed: int) -> Image.Image:

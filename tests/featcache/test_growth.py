@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache import changes, extraction, growth, survey, swap
+from featcache import changes, extraction, growth, info, survey, swap
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.errors import CacheError, CacheMismatchError
 from featcache.extract import ExtractConfig, plan, run
 from featcache.extraction import Extraction
+from featcache.info import InfoConfig
 from featcache.reader import open_cache
 from featcache.store import Store, verify
 
@@ -55,7 +56,7 @@ def meter(monkeypatch):
 
 
 @pytest.fixture
-def make(image_folder, tiny_clip, tmp_path):
+def make(image_folder, tiny_clip, tmp_path, opened_once):
     """Configuration of an extraction of the small image folder; keywords override."""
 
     def build(cache="cache", **changed):
@@ -578,7 +579,7 @@ def test_class_text_is_carried_over_while_its_sentences_hold(
     assert verify(config.cache) == []
 
 
-def test_history_says_how_a_cache_came_to_be(make, image_folder, make_jpeg):
+def test_history_says_how_a_cache_came_to_be(make, image_folder, make_jpeg, capsys):
     config = make()
     states = [run(config).fingerprint]
     for number in range(2):
@@ -587,6 +588,9 @@ def test_history_says_how_a_cache_came_to_be(make, image_folder, make_jpeg):
     cache = open_cache(config.cache)
     assert [entry["fingerprint"] for entry in cache.history] == states[:2]
     assert [entry["num_rows"] for entry in cache.history] == [14, 15]
+    info.run(InfoConfig(cache=config.cache))
+    out = capsys.readouterr().out
+    assert f"earlier      15 rows until {cache.history[1]['date']}: 1 gained" in out
     line = "it had 14 rows then; since: 1 gained; then 1 gained"
     assert changes.since(cache.history, states[0]) == line
     assert changes.since(cache.history, states[2]) is None

@@ -13,7 +13,7 @@ from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
 from featcache.store import Store, verify
 
-NUM_KILLS = 10
+NUM_KILLS = 8
 
 # A parent that has imported everything forks the processes that are killed; see test_kill.py.
 KILLER = """

@@ -34,7 +34,7 @@ def encoded(monkeypatch):
 
 
 @pytest.fixture
-def make(image_folder, tiny_clip, tmp_path):
+def make(image_folder, tiny_clip, tmp_path, opened_once):
     def build(cache="cache", **changed):
         values = {
             "dataset": {"root": str(image_folder)},

@@ -21,7 +21,7 @@ from heads.train import TrainConfig
 
 @pytest.fixture
 def grow(
-    image_folder: Path, tiny_clip: Path, tmp_path: Path, make_jpeg: Any
+    image_folder: Path, tiny_clip: Path, tmp_path: Path, make_jpeg: Any, opened_once: None
 ) -> Callable[[int], Path]:
     """`grow(n)`: the cache of the small folder with n images more."""
 

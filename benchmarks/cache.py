@@ -27,6 +27,7 @@ from featcache.config import Config, run_job
 from featcache.identity import BackboneIdentity, FeatureIdentity, Identity, PreprocessIdentity
 from featcache.manifest import Manifest
 from featcache.reader import Cache, open_cache
+from featcache.storage import StoreUrl
 from featcache.store import ArrayPlan, CachePlan, Shard, create
 
 BATCH = 8192
@@ -54,8 +55,8 @@ class BenchmarkConfig(Config):
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Writes temporary caches, measures, prints the table and writes the JSON."""
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
-        source = _features(config.rows, config.dim)
-        write_seconds = _write_cache(Path(folder) / "cache", source, config.chunk_rows)
+        source = random_features(config.rows, config.dim)
+        write_seconds = write_cache(Path(folder) / "cache", source, config.chunk_rows)
         default = zarr.create_array(
             str(Path(folder) / "default"), shape=source.shape, dtype=source.dtype
         )
@@ -77,7 +78,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     return result
 
 
-def _features(rows: int, dim: int) -> npt.NDArray[np.float16]:
+def random_features(rows: int, dim: int) -> npt.NDArray[np.float16]:
     """Random unit vectors, as CLIP features are stored."""
     random = np.random.default_rng(0)
     features = np.empty((rows, dim), np.float16)
@@ -87,8 +88,20 @@ def _features(rows: int, dim: int) -> npt.NDArray[np.float16]:
     return features
 
 
-def _write_cache(path: Path, features: npt.NDArray[np.float16], chunk_rows: int) -> float:
-    """Writes a cache of these features; seconds for the shards, fsync included."""
+def write_cache(
+    path: Path | StoreUrl,
+    features: npt.NDArray[np.float16],
+    chunk_rows: int,
+    shard_rows: int | None = None,
+) -> float:
+    """Writes a cache of these features; seconds for the shards, fsync included.
+
+    Args:
+        path: where.
+        features: (N, P) rows.
+        chunk_rows: rows of a chunk.
+        shard_rows: rows of a shard, whole chunks; None = one chunk.
+    """
     rows = len(features)
     manifest = Manifest.build(
         kind="random",
@@ -126,8 +139,9 @@ def _write_cache(path: Path, features: npt.NDArray[np.float16], chunk_rows: int)
         ),
     )
     chunk_rows = min(chunk_rows, rows)
-    starts = range(0, rows, chunk_rows)
-    shards = [Shard("image", i, s, min(rows, s + chunk_rows)) for i, s in enumerate(starts)]
+    step = shard_rows or chunk_rows
+    starts = range(0, rows, step)
+    shards = [Shard("image", i, s, min(rows, s + step)) for i, s in enumerate(starts)]
     array = ArrayPlan("image/projected", features.shape, "float16", chunk_rows)
     store = create(path, CachePlan(identity, manifest, (array,), tuple(shards), {}))
     start = time.perf_counter()

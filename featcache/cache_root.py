@@ -11,7 +11,7 @@ from featcache.cache_plan import FORMAT
 from featcache.chunks import PARTIAL, unsealed
 from featcache.errors import CacheCorruptError, CacheError
 from featcache.identity import Identity
-from featcache.storage import StoreUrl, locate
+from featcache.storage import Entry, StoreUrl, locate
 
 _HOW = "python -m featcache.extract writes one"
 
@@ -59,14 +59,16 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return checked_attributes(file.read_bytes(), str(path))
 
 
-def read_root(path: StoreUrl) -> bytes:
-    """The root `zarr.json` of a cache in a store.
+def read_root(path: StoreUrl) -> tuple[bytes, Entry]:
+    """The root `zarr.json` of a cache in a store, and its version.
 
     Raises:
         CacheError: if there is none.
     """
+    from featcache.object_store import ObjectFolder
+
     try:
-        return locate(path).read("zarr.json")
+        return ObjectFolder(path).read_versioned("zarr.json")
     except FileNotFoundError:
         raise CacheError(f"{path}: no such cache (no zarr.json there); {_HOW}") from None
 

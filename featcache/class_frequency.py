@@ -50,17 +50,22 @@ class ClassFrequency:
         Raises:
             DatasetError: if there is no such row.
         """
-        chosen = np.isin(np.asarray(manifest.splits, dtype=object), splits)
-        if not chosen.any():
+        num_classes = manifest.num_classes
+        together = np.zeros((num_classes, num_classes))
+        parts = []
+        for block in manifest.blocks():  # what streams its rows has no list of all of them
+            hot = np.zeros((len(block), num_classes), np.uint8)
+            rows = np.repeat(np.arange(len(block)), np.diff(block.label_offsets))
+            hot[rows, block.label_values] = 1
+            hot = hot[np.isin(np.asarray(block.splits, dtype=object), splits)]
+            together += hot.T.astype(np.float64) @ hot
+            parts.append(hot)
+        hot = np.concatenate(parts)
+        if not len(hot):
             raise DatasetError(
                 f"{manifest.root}: no row in split {' or '.join(splits)}; the {manifest.kind} "
-                f"dataset has {', '.join(dict.fromkeys(manifest.splits))}"
+                f"dataset has {', '.join(manifest.split_ranges)}"
             )
-        hot = np.zeros((len(manifest), manifest.num_classes), np.uint8)
-        rows = np.repeat(np.arange(len(manifest)), np.diff(manifest.label_offsets))
-        hot[rows, manifest.label_values] = 1
-        hot = hot[chosen]
-        together = hot.T.astype(np.float64) @ hot
         count = np.diagonal(together).copy()
         share = together / np.maximum(count, 1)[:, None]
         np.fill_diagonal(share, 1)

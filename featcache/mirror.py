@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from pydantic import Field, NonNegativeFloat
 from featcache.cache_plan import human_bytes
 from featcache.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
 from featcache.config import Config, run_job
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 from featcache.storage import Entry, Location, StoreUrl
 
 PARALLEL = 12
@@ -61,16 +61,23 @@ class Mirror:
         folder: the files here: a cache in itself, as far as it has been fetched.
     """
 
-    def __init__(self, origin: Location, fingerprint: str) -> None:
-        """Names the folder; nothing is read or made."""
+    def __init__(self, origin: Location, fingerprint: str, root: Entry | None = None) -> None:
+        """Names the folder; nothing is read or made.
+
+        Args:
+            origin: the cache's folder in the store.
+            fingerprint: what the cache holds.
+            root: version of the root metadata that say so.
+        """
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         place = xxhash.xxh3_64_hexdigest(f"{endpoint} {origin.url}".encode())
         self.origin = origin
         self.fingerprint = fingerprint
         self.folder = mirror_root() / f"{origin.url.name}-{place}" / fingerprint
         self._uploads: Any = None
-        self._root: Entry | None = None
+        self._root = root
         self._here: set[str] = set()
+        self._put: set[str] = set()
 
     def where(self, key: str) -> str:
         """An object's address, for messages."""
@@ -81,9 +88,10 @@ class Mirror:
         return self.origin.read(key)
 
     def present(self, files: ArrayFiles, chunks: Sequence[int]) -> list[int]:
-        """Those of an array's chunks that the store keeps."""
-        held = self._held(files, chunks)
-        return [chunk for chunk in chunks if files.key(chunk) in held]
+        """Those of an array's chunks that the store keeps; after a `flush`."""
+        asked = [chunk for chunk in chunks if files.key(chunk) not in self._put]
+        held = self._held(files, asked) if asked else {}
+        return [c for c in chunks if files.key(c) in self._put or files.key(c) in held]
 
     def _held(self, files: ArrayFiles, chunks: Sequence[int]) -> dict[str, Entry]:
         """Size and version of the chunks that the store keeps, by the cheaper way to ask."""
@@ -99,7 +107,9 @@ class Mirror:
         if self._uploads is None:
             self._uploads = Uploads(self.origin)
         self._here.discard(key)
-        self._uploads.put(key, *parts)
+        with self._forgetting_if_it_fails():
+            self._uploads.put(key, *parts)
+        self._put.add(key)
 
     def flush(self) -> None:
         """Waits until all objects handed over are stored.
@@ -111,9 +121,22 @@ class Mirror:
         from featcache.lease import require_kept
 
         if self._uploads is not None:
-            self._uploads.flush()
+            with self._forgetting_if_it_fails():
+                self._uploads.flush()
         assert isinstance(self.origin.url, StoreUrl)
         require_kept(self.origin.url)
+
+    def forget(self) -> None:
+        """Forgets which objects were handed over: the store is asked for them from now on."""
+        self._put.clear()
+
+    @contextlib.contextmanager
+    def _forgetting_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.forget()  # one of them is not stored, and it is not known which
+            raise
 
     def keep_document(self, name: str, raw: bytes) -> None:
         """Puts the `zarr.json` of an array, or of the group (""), into the mirror."""
@@ -132,26 +155,33 @@ class Mirror:
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder.with_name(f"{self.fingerprint}.lock")):
-            self._require_same()
-            held = self._held(files, chunks)
-            index = self.folder.with_name(f"{self.fingerprint}.versions") / f"{files.name}.json"
-            versions = _read_versions(index)
-            missing = []
-            for chunk in chunks:
-                entry = held.get(files.key(chunk))
-                if entry is None:
-                    require(f"{files.where(chunk)}: missing")
-                    continue
-                known = versions.get(entry.key) == [entry.size, entry.version]
-                if not known or not _is_whole(files, chunk, entry.size, verify):
-                    missing.append((chunk, entry))
             try:
-                self._download(files, missing, versions)
-            finally:
-                if missing:
-                    _place(index, json.dumps(versions).encode())
+                self._fetch(files, chunks, verify)
+            except (UserError, OSError):
+                self._require_same()
+                raise
+            self._require_same()  # last: objects are read by name, one after the other
         os.utime(self.folder)
         self._here.update(files.key(chunk) for chunk in chunks)
+
+    def _fetch(self, files: ArrayFiles, chunks: Sequence[int], verify: bool) -> None:
+        held = self._held(files, chunks)
+        index = self.folder.with_name(f"{self.fingerprint}.versions") / f"{files.name}.json"
+        versions = _read_versions(index)
+        missing = []
+        for chunk in chunks:
+            entry = held.get(files.key(chunk))
+            if entry is None:
+                require(f"{files.where(chunk)}: missing")
+                continue
+            known = versions.get(entry.key) == [entry.size, entry.version]
+            if not known or not _is_whole(files, chunk, entry.size, verify):
+                missing.append((chunk, entry))
+        try:
+            self._download(files, missing, versions)
+        finally:
+            if missing:
+                _place(index, json.dumps(versions).encode())
 
     def _download(
         self, files: ArrayFiles, missing: list[tuple[int, Entry]], versions: dict[str, Any]

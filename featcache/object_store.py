@@ -49,8 +49,13 @@ class ObjectFolder(Location):
 
     def read(self, key: str) -> bytes:
         """See `Location.read`."""
+        return self.read_versioned(key)[0]
+
+    def read_versioned(self, key: str) -> tuple[bytes, Entry]:
+        """Everything in an object, and the version that was read; see `Location.read`."""
         with _explained(self.url / key):
-            return bytes(_obstore().get(self._client, self._full(key)).bytes())
+            found = _obstore().get(self._client, self._full(key))
+            return bytes(found.bytes()), _entry(key, found.meta)
 
     def read_ranges(self, key: str, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
         """See `Location.read_ranges`."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,12 +48,12 @@ from featcache.chunks import (
     write_file,
 )
 from featcache.errors import CacheCorruptError, CacheError, UserError
-from featcache.identity import Identity, ListHash
+from featcache.expected import expected_names, needed_chunks, table_problems
+from featcache.identity import Identity
 from featcache.lock import writer_lock
-from featcache.manifest import class_hash, rows_hash
 from featcache.mirror import PARALLEL, Mirror
 from featcache.storage import StoreUrl, Where, locate, place
-from featcache.tables import ArrayPlan, fill_value, read_strings, write_array
+from featcache.tables import ArrayPlan, fill_value, write_array
 
 _SPARE_BYTES = 64 << 20
 """Room that has to stay free beyond what the plan needs."""
@@ -138,9 +139,9 @@ class Store:
         """
         path = place(path)
         if isinstance(path, StoreUrl):
-            raw = read_root(path)
+            raw, root = read_root(path)
             attributes = checked_attributes(raw, str(path))
-            mirror = Mirror(locate(path), attributes["fingerprint"])
+            mirror = Mirror(locate(path), attributes["fingerprint"], root)
             mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
         mark = root_mark(path)  # first: whoever takes the cache's place later is noticed
@@ -176,7 +177,8 @@ class Store:
     def has(self, name: str) -> bool:
         """Whether there is an array of that name."""
         if self.mirror is not None:
-            return name in self._arrays or self.mirror.origin.exists(f"{name}/zarr.json")
+            known = name in self._arrays or name in chain(*self.attributes["arrays"].values())
+            return known or self.mirror.origin.exists(f"{name}/zarr.json")
         return (self.folder / name / "c").is_dir() or (self.folder / name / "zarr.json").is_file()
 
     def files(self, name: str) -> ArrayFiles:
@@ -260,7 +262,7 @@ class Store:
         """
         assert self.writable, f"{self.path} is open for reading"
         files = self.files(name)
-        if self.mirror is not None and name.startswith("rows/"):
+        if self.mirror is not None and name == "rows/valid":
             self.mirror.flush()  # no row is declared valid before its features are stored
         files.write(start_row, data, fill_value(str(files.dtype)))
 
@@ -288,6 +290,7 @@ class Store:
         self.files(f"shards/{shard.kind}").write_content(shard.index, header + text)
         if self.mirror is not None:
             self.mirror.flush()
+            self.mirror.forget()
 
     def reports(self, kind: ShardKind) -> dict[int, dict[str, Any]]:
         """Reports of the shards that are done, by index.
@@ -422,7 +425,7 @@ def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> l
     folder = path if isinstance(path, Path) else Path()
     sizes = {entry.key: entry.size for entry in locate(path).list()}
     known = {"zarr.json"}
-    expected = _expected_names(store.attributes) if store is not None else set()
+    expected = expected_names(store.attributes) if store is not None else set()
     documents = {key.removesuffix("/zarr.json") for key in sizes if key.endswith("/zarr.json")}
     with ExitStack() as resources:
         each: Callable[..., Any] = map
@@ -435,7 +438,7 @@ def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> l
                 if document.get("node_type") == "group":
                     continue
                 files = ArrayFiles.described(folder, name, document, remote)
-                needed = _needed_chunks(store, name, files, sizes) if store is not None else set()
+                needed = needed_chunks(store, name, files, sizes) if store is not None else set()
             except (CacheError, CacheCorruptError) as error:
                 found.append(str(error))
                 known.update(key for key in sizes if key.startswith(f"{name}/c/"))
@@ -448,47 +451,12 @@ def verify(path: Where, progress: Callable[[str, int], None] | None = None) -> l
                 elif progress is not None:
                     progress(name, sizes[files.key(chunk)])
     if store is not None and not found:
-        found += _table_problems(store)
+        found += table_problems(store)
     for key in sorted(set(sizes) - known):
         half = key.endswith(PARTIAL)
         what = "left by a killed writer, the next one removes it" if half else "foreign file"
         found.append(f"{path / key}: {what}")
     return found
-
-
-def _expected_names(attributes: Mapping[str, Any]) -> set[str]:
-    kinds = get_args(ShardKind)
-    groups = {"image", "text", "rows", "classes", "class_text", "shards"}
-    arrays = {name for names in attributes["arrays"].values() for name in names}
-    return groups | arrays | {f"shards/{kind}" for kind in kinds}
-
-
-def _needed_chunks(
-    store: "Store", name: str, files: ArrayFiles, sizes: Mapping[str, int]
-) -> set[int]:
-    """Chunks that have to be there: those of done shards, and all of every other array."""
-    for kind in get_args(ShardKind):
-        if name == f"shards/{kind}" and not store.complete:
-            return set()
-        if name in store.attributes["arrays"][kind]:
-            marks = f"shards/{kind}/c"  # damage in there is reported once, there
-            done = [shard for shard in store.shards(kind) if f"{marks}/{shard.index}" in sizes]
-            return {c for shard in done for c in files.chunks_of(shard.start, shard.stop)}
-    return set(range(files.num_chunks))
-
-
-def _table_problems(store: "Store") -> Iterator[str]:
-    """Tables whose checksums hold but which belong to another dataset than the identity."""
-    dataset = store.identity.dataset
-    columns = []
-    for name in ("id", "path", "split"):
-        columns.append(ListHash())
-        for strings in read_strings(store.files(f"rows/{name}")):
-            columns[-1].update_strings(strings)
-    if rows_hash(*columns) != dataset.rows:
-        yield f"{store.path / 'rows'}: ids, paths or splits are not those of the identity"
-    if class_hash([str(name) for name in store.read("classes/name")]) != dataset.classes:
-        yield f"{store.path / 'classes/name'}: class names are not those of the identity"
 
 
 __all__ = [

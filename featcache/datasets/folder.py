@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from featcache.datasets.label_lists import one_or_none
+from featcache.datasets.path_lists import read_captions
 from featcache.datasets.splitting import ALIASES, SplitConfig
 from featcache.errors import DatasetError
 from featcache.manifest import Manifest
@@ -23,6 +24,9 @@ class FolderConfig(SplitConfig):
     """Folder with one directory a class, or with train, val (valid, validation) and test."""
     extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
     """File name extensions that count as images, in any case; other files are skipped."""
+    captions: Path | None = None
+    """List of captions, `path caption` on each line, as featcache.caption writes it; unset = none.
+    Joined by path; images without a caption stay."""
 
     def manifest(self) -> Manifest:
         """Rows in split, class and path order; ids are paths relative to `root`.
@@ -31,13 +35,13 @@ class FolderConfig(SplitConfig):
         no class. A link that leads nowhere stays a row: extraction reports it as unreadable.
 
         Raises:
-            DatasetError: no such folder, no images, images beside class directories, or a class in
-                val or test that train lacks.
+            DatasetError: no such folder, no images, images beside class directories, a class in val
+                or test that train lacks, or captions of none of the images.
         """
         if not self.root.is_dir():
-            found = "is a file" if self.root.exists() else "no such folder"
+            what = "is a file" if self.root.exists() else "no such folder"
             raise DatasetError(
-                f"{self.root}: {found}; expected a folder with one directory per class"
+                f"{self.root}: {what}; expected a folder with one directory per class"
             )
         suffixes = tuple("." + extension.lower().lstrip(".") for extension in self.extensions)
         parts = split_folders(self.root, suffixes)
@@ -62,6 +66,7 @@ class FolderConfig(SplitConfig):
         if not parts:
             splits = self.split(paths, classes)
         unlabelled = names == [""]
+        found = {} if self.captions is None else read_captions(self.captions, set(paths))
         return Manifest.build(
             kind=self.kind,
             root=self.root,
@@ -71,6 +76,7 @@ class FolderConfig(SplitConfig):
             labels=one_or_none(classes),
             classes=pd.DataFrame({"name": [] if unlabelled else names}, dtype=object),
             task="unlabelled" if unlabelled else "single_label",
+            captions=[found.get(path, []) for path in paths] if found else None,
         )
 
 

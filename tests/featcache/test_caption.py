@@ -15,7 +15,7 @@ from featcache.caption_list import CaptionList, open_list
 from featcache.captioner import Captioner
 from featcache.config import run_job
 from featcache.datasets.path_lists import read_captions
-from featcache.errors import BackboneError, CacheError, ConfigError
+from featcache.errors import BackboneError, CacheError, ConfigError, DatasetError
 
 
 @pytest.fixture
@@ -90,6 +90,23 @@ def test_the_list_has_a_line_for_each_image(make, image_folder, capsys):
     before = config.out.read_bytes()
     assert run(config).num_done == 14
     assert config.out.read_bytes() == before
+
+
+def test_the_folder_dataset_reads_the_list(make):
+    config = make(split="val")
+    run(config)
+    captions = parsed(config.out)
+    dataset = config.dataset.model_copy(update={"captions": config.out})
+    manifest = dataset.open()
+    rows = manifest.block(0, len(manifest))
+    counts = np.diff(rows.caption_offsets).tolist()
+    assert counts == [int(path in captions) for path in rows.paths]
+    assert rows.captions == [captions[path] for path in rows.paths if path in captions]
+    assert sum(counts) == 4
+    (config.out.parent / "other.txt").write_text("elsewhere/1.jpg a dog\n")
+    other = dataset.model_copy(update={"captions": config.out.parent / "other.txt"})
+    with pytest.raises(DatasetError, match="no caption is of a listed image"):
+        other.open()
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatch):

@@ -204,6 +204,24 @@ class Killed(BaseException):
     """What nothing in the code under test catches."""
 
 
+def test_a_replacement_during_a_download_is_noticed(
+    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(url)
+    other = url.with_name("birds.next")
+    write_cache(other, num_rows=24)
+    cache = open_cache(url)
+    original = mirrors.Mirror._download
+
+    def meanwhile(self: Any, *args: Any) -> None:
+        replace_remote(url, other)
+        original(self, *args)
+
+    monkeypatch.setattr(mirrors.Mirror, "_download", meanwhile)
+    with pytest.raises(CacheError, match=r"birds: updated while open"):
+        cache.array("image/projected")
+
+
 def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Any:
     """Counts the requests that change a store, and stops before number `moment`."""
     steps = itertools.count()
@@ -693,5 +711,7 @@ def test_an_upload_that_fails_stops_the_shard(
     rows = made.arrays["image/projected"][: shard.stop]
     store.write_chunks("image/projected", 0, rows)  # returns before the store has answered
     with pytest.raises(StorageDeniedError, match="c/1/0: denied"):
+        store.mark_done(shard, {})
+    with pytest.raises(CacheError, match="c/1/0: missing, so shard image/00000"):
         store.mark_done(shard, {})
     assert store.pending()[0] == shard

@@ -11,11 +11,12 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from featcache import class_text, extract
+from featcache import class_text, extract, report
 from featcache.errors import CacheMismatchError
 from featcache.extract import ExtractConfig
 from featcache.join import open_joined
 from featcache.reader import open_cache
+from featcache.report import ReportConfig
 from heads import evaluate, predict, train
 from heads.evaluate import EvaluateConfig
 from heads.models.linear import LinearConfig
@@ -114,7 +115,7 @@ def backbones(tiny_clip: Path, image_folder: Path, tmp_path: Path) -> tuple[Path
     return paths
 
 
-def extract_into(paths: Sequence[Path], models: Sequence[Path], images: Path) -> None:
+def extract_into(paths: Sequence[Path | str], models: Sequence[Path], images: Path) -> None:
     for path, model in zip(paths, models, strict=True):
         values = {
             "cache": path,
@@ -170,6 +171,23 @@ def test_new_images_go_through_every_backbone(
     cached = cached.sort_values("path")
     assert found.table["class_1"].tolist() == cached["class_1"].tolist()
     assert_allclose(found.table["probability_1"], cached["probability_1"], atol=2e-3)
+
+
+def test_a_member_may_lie_in_a_store(
+    tiny_clip: Path, image_folder: Path, bucket: str, tmp_path: Path
+) -> None:
+    local, there = tmp_path / "local", f"{bucket}/there"
+    extract_into((local, there), (tiny_clip, tiny_clip), image_folder)
+    options = {"cache": local, "join": [there], "run": tmp_path / "run", "quiet": True}
+    run = train.run(TrainConfig.model_validate({**options, "optim": {"epochs": 1}})).run
+    assert [member.path for member in load_run(run).members] == [str(local), there]
+    scores = evaluate.run(EvaluateConfig(run=run, split="val", device="cpu"))
+    assert scores.metrics["num_rows"] == 4
+    pages = []
+    for cache in (local, there):
+        values = {"cache": cache, "out": tmp_path / "r.html", "neighbours": "none", "quiet": True}
+        pages.append(report.run(ReportConfig.model_validate(values)).out.read_text())
+    assert pages[0].replace("local<", "there<") == pages[1]
 
 
 def test_zero_shot_takes_the_mean_of_the_backbones_cosines(

@@ -14,7 +14,7 @@ import torch
 
 from featcache.identity import BackboneIdentity, FeatureIdentity, Identity, PreprocessIdentity
 from featcache.manifest import Manifest
-from featcache.storage import StoreUrl
+from featcache.storage import StoreUrl, locate, place
 from featcache.store import ArrayPlan, CachePlan, Shard, Store, create
 
 BACKBONE = BackboneIdentity(kind="open_clip", name="tiny", weights="w" * 32, architecture="a" * 32)
@@ -225,3 +225,23 @@ def tiny_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def url(bucket: str) -> StoreUrl:
+    found = place(f"{bucket}/some/birds")
+    assert isinstance(found, StoreUrl)
+    return found
+
+
+def objects(url: StoreUrl) -> dict[str, bytes]:
+    folder = locate(url)
+    return {entry.key: folder.read(entry.key) for entry in folder.list()}
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file()
+    }

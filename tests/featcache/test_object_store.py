@@ -1,9 +1,6 @@
 """Caches in an object store: the local cache's bytes, one writer, nothing lost."""
 
 import itertools
-import json
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,22 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
-from featcache import lease as leases
-from featcache import mirror as mirrors
 from featcache.chunks import sealed
-from featcache.errors import CacheCorruptError, CacheError, StorageDeniedError, StorageError
+from featcache.errors import CacheError, StorageDeniedError
 from featcache.export import ExportConfig
 from featcache.export import run as export
 from featcache.info import InfoConfig
 from featcache.info import run as info
-from featcache.mirror import MirrorConfig
 from featcache.object_store import ObjectFolder
 from featcache.reader import open_cache
 from featcache.remote_cache import replace_remote
-from featcache.storage import Location, StoreUrl, locate, place
+from featcache.storage import Location, StoreUrl, locate
 from featcache.store import (
     Store,
     cache_exists,
@@ -42,29 +34,9 @@ from featcache.store import (
 from featcache.verify import VerifyConfig
 from featcache.verify import run as verify_job
 
-from .conftest import plan_cache, write_cache
+from .conftest import files, objects, plan_cache, write_cache
 
 Make = Callable[..., Any]
-
-
-@pytest.fixture
-def url(bucket: str) -> StoreUrl:
-    found = place(f"{bucket}/some/birds")
-    assert isinstance(found, StoreUrl)
-    return found
-
-
-def objects(url: StoreUrl) -> dict[str, bytes]:
-    folder = locate(url)
-    return {entry.key: folder.read(entry.key) for entry in folder.list()}
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(path).as_posix(): file.read_bytes()
-        for file in path.rglob("*")
-        if file.is_file()
-    }
 
 
 @pytest.mark.parametrize(
@@ -95,131 +67,8 @@ def test_objects_are_the_local_caches_files(
     assert group["rows/id"][:].tolist() == here.ids
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys of the objects that are read from now on."""
-    read: list[str] = []
-    original = ObjectFolder.read
-
-    def count(self: ObjectFolder, key: str) -> bytes:
-        read.append(key)
-        return original(self, key)
-
-    monkeypatch.setattr(ObjectFolder, "read", count)
-    return read
-
-
-def test_only_what_is_used_is_fetched_and_only_once(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cache(url, captions=1)
-    read = counted(monkeypatch)
-    cache = open_cache(url)
-    cache.rows("train")
-    cache.array("image/projected").read()
-    chunks = [key for key in read if "/c/" in key]
-    assert sorted(chunks) == sorted(
-        [f"image/projected/c/{i}/0" for i in range(5)] + [f"rows/valid/c/{i}" for i in range(3)]
-    )
-    del read[:]
-    again = open_cache(url)
-    again.array("image/projected").read()
-    again.rows("train")
-    assert [key for key in read if "/c/" in key] == []
-
-
-def test_few_chunks_of_a_long_array_are_asked_for_one_by_one(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = write_cache(url)
-    monkeypatch.setattr(mirrors, "_LISTED_AT_ONCE", 2)
-    listed: list[str] = []
-    original = ObjectFolder.list
-
-    def count(self: ObjectFolder, prefix: str = "") -> Any:
-        listed.append(prefix)
-        return original(self, prefix)
-
-    monkeypatch.setattr(ObjectFolder, "list", count)
-    files = Store.open(url).files("image/projected")  # of five chunks
-    assert files.present([1, 4]) == [1, 4]
-    files.fetch([1, 4])
-    assert listed == []
-    assert files.file(4).read_bytes() == locate(url).read("image/projected/c/4/0")
-    assert not files.file(2).exists()
-    assert files.present() == [0, 1, 2, 3, 4]
-    assert listed == ["image/projected/c"]
-    array = open_cache(url).array("image/projected")
-    np.testing.assert_array_equal(array.read(), made.arrays["image/projected"])
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
-def test_a_damaged_mirror_file_is_fetched_again(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    made = write_cache(url, dim=512, chunk_rows=8, shard_rows=8)
-    cache = open_cache(url)
-    cache.array("image/projected")
-    file = cache.store.files("image/projected").file(1)
-    content = bytearray(file.read_bytes())
-    content[70] ^= 4
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(content if damage == "flip" else content[:-9])
-    read = counted(monkeypatch)
-    array = open_cache(url).array("image/projected")
-    np.testing.assert_array_equal(array.read(), made.arrays["image/projected"])
-    assert [key for key in read if "/c/" in key] == ["image/projected/c/1/0"]
-
-
-def test_a_chunk_that_changed_in_the_store_is_fetched_again(url: StoreUrl) -> None:
-    made = write_cache(url)
-    open_cache(url).array("image/projected")
-    store = Store.open(url, write=True)
-    changed = made.arrays["image/projected"][:8] + 1
-    store.write_chunks("image/projected", 0, changed)
-    store.mark_done(store.shards("image")[0], {"invalid": []})
-    array = open_cache(url).array("image/projected")
-    np.testing.assert_array_equal(array.read()[:8], changed)
-
-
-def test_a_cache_that_was_replaced_while_open_is_not_mixed_with_the_new_one(url: StoreUrl) -> None:
-    write_cache(url)
-    cache = open_cache(url)
-    cache.array("image/projected")
-    other = write_cache(url.with_name("birds.next"), num_rows=24)
-    before = objects(other.path)
-    replace_remote(url, other.path)
-    assert objects(url) == before
-    assert not cache_exists(other.path)
-    with pytest.raises(CacheError, match=r"birds: updated while open; open it again"):
-        cache.array("rows/valid")
-    fresh = open_cache(url)
-    assert fresh.num_rows == 24
-    assert verify(url) == []
-    assert fresh.store.folder != cache.store.folder
-
-
 class Killed(BaseException):
     """What nothing in the code under test catches."""
-
-
-def test_a_replacement_during_a_download_is_noticed(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cache(url)
-    other = url.with_name("birds.next")
-    write_cache(other, num_rows=24)
-    cache = open_cache(url)
-    original = mirrors.Mirror._download
-
-    def meanwhile(self: Any, *args: Any) -> None:
-        replace_remote(url, other)
-        original(self, *args)
-
-    monkeypatch.setattr(mirrors.Mirror, "_download", meanwhile)
-    with pytest.raises(CacheError, match=r"birds: updated while open"):
-        cache.array("image/projected")
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> Any:
@@ -420,123 +269,6 @@ def test_every_flipped_or_foreign_or_missing_object_is_named(url: StoreUrl) -> N
     assert verify(url) == [f"{url}/rows/path/c/0: missing", f"{url}/image/other: foreign file"]
 
 
-def test_a_damaged_object_is_refused_by_name(url: StoreUrl) -> None:
-    write_cache(url)
-    folder = locate(url)
-    content = bytearray(folder.read("image/projected/c/2/0"))
-    content[7] ^= 1
-    folder.write("image/projected/c/2/0", bytes(content))
-    folder.delete("rows/id/c/0")
-    cache = open_cache(url)
-    with pytest.raises(CacheCorruptError, match=r"s3://.*image/projected/c/2/0: checksum"):
-        cache.array("image/projected")
-    with pytest.raises(CacheCorruptError, match=r"s3://.*rows/id/c/0: missing"):
-        _ = cache.ids
-
-
-def test_a_second_writer_is_told_who_writes(url: StoreUrl) -> None:
-    with writer_lock(url):
-        with pytest.raises(CacheError) as caught, writer_lock(url):
-            pass
-        host = os.uname().nodename
-        assert f"process {os.getpid()} on {host} is writing this cache" in str(caught.value)
-    with writer_lock(url):  # free again
-        pass
-    assert list(locate(url.parent).list()) == []
-
-
-def test_of_many_writers_at_once_one_gets_the_lock(url: StoreUrl) -> None:
-    outcomes: list[str] = []
-    ready, done = threading.Barrier(6), threading.Event()
-
-    def write() -> None:
-        ready.wait()
-        try:
-            with writer_lock(url):
-                outcomes.append("writes")
-                done.wait(20)
-        except CacheError as error:
-            outcomes.append(str(error))
-        if len(outcomes) == 6:
-            done.set()
-
-    threads = [threading.Thread(target=write) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert outcomes.count("writes") == 1
-    assert sum("is writing this cache" in text for text in outcomes) == 5
-
-
-@pytest.fixture
-def fast_lease(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(leases, "STALE_SECONDS", 0.5)
-
-
-def hold(url: StoreUrl, **who: Any) -> None:
-    """A lock as another machine's process holds it."""
-    content = {"token": "t", "pid": 1, "host": "elsewhere", "processes": "x", **who}
-    locate(url.parent).write(f"{url.name}.lock", json.dumps(content).encode())
-
-
-@pytest.mark.usefixtures("fast_lease")
-def test_a_stale_lock_is_taken_over_and_its_former_holder_stops(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cache(url)
-    hold(url)
-    monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 0.4)
-    with pytest.raises(CacheError, match="process 1 on elsewhere is writing"), writer_lock(url):
-        pass
-    monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 0.6)
-    store = Store.open(url, write=True)
-    with writer_lock(url):
-        store.update_attributes(note=1)
-        hold(url)  # somebody else took it, say while this machine slept
-        deadline = time.monotonic() + 10
-        while not leases._held[url].lost and time.monotonic() < deadline:
-            time.sleep(0.02)
-        with pytest.raises(CacheError, match="the right to write was lost, since another process"):
-            store.update_attributes(note=2)
-    assert locate(url.parent).exists("birds.lock")  # not ours to delete
-
-
-@pytest.mark.usefixtures("fast_lease")
-def test_an_old_lock_that_is_renewed_is_respected(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ObjectFolder, "age_seconds", lambda *args: 1e6)  # this clock is wrong
-    with writer_lock(url), pytest.raises(CacheError, match="is writing"), writer_lock(url):
-        pass
-
-
-def test_a_store_that_ignores_conditions_is_refused(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def careless(self: ObjectFolder, key: str, content: bytes, version: str | None) -> str:
-        self.write(key, content)
-        return "any"
-
-    monkeypatch.setattr(ObjectFolder, "write_if", careless)
-    with pytest.raises(StorageError, match="ignores the conditions"), writer_lock(url):
-        pass
-    assert list(locate(url.parent).list()) == []
-
-
-def test_the_lock_of_a_killed_process_of_this_machine_is_free(url: StoreUrl) -> None:
-    code = (
-        "import os, sys\nfrom featcache.store import writer_lock\n"
-        "lock = writer_lock(sys.argv[1])\nlock.__enter__()\nos._exit(9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(url)], check=False)
-    assert done.returncode == 9
-    assert locate(url.parent).exists("birds.lock")
-    with writer_lock(url):
-        pass
-
-
 # One process imports everything and forks the writers that are killed; each says what it found.
 WRITERS = """
 import importlib.util, os, signal, sys, threading, traceback
@@ -625,25 +357,6 @@ def test_jobs_take_an_address(
     assert "not-to-be-shown" not in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_forked_workers_read_the_mirror(url: StoreUrl) -> None:
-    made = write_cache(url, dim=512)
-    cache = open_cache(url)
-    loader = DataLoader(
-        cache.dataset("image/projected", "train"),
-        batch_size=4,
-        num_workers=1,
-        multiprocessing_context="fork",
-    )
-    batches = list(loader)
-    rows = torch.cat([batch["row"] for batch in batches]).numpy()
-    np.testing.assert_array_equal(rows, cache.rows("train"))
-    features = torch.cat([batch["features"] for batch in batches]).numpy()
-    np.testing.assert_array_equal(features, made.arrays["image/projected"][rows])
-    lazy = cache.dask("image/projected")
-    np.testing.assert_array_equal(lazy.compute(scheduler="threads"), made.arrays["image/projected"])
-
-
 def test_an_array_is_added_once(url: StoreUrl, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cache(url)
     store = Store.open(url)
@@ -657,41 +370,6 @@ def test_an_array_is_added_once(url: StoreUrl, monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(cache.array("class_text/abc").read(), values)
     assert cache.store.files("class_text/abc").attributes == {"templates": ["a {name}"]}
     assert verify(url) == []
-
-
-def test_mirrors_are_listed_and_cleared(url: StoreUrl, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cache(url)
-    other = url.with_name("ferns")
-    write_cache(other, num_rows=24)
-    first, second = open_cache(url), open_cache(other)
-    values = first.array("image/projected").read()
-    view = first.array("image/projected").blocks
-    second.array("image/projected")
-    os.utime(first.store.folder, (1, 1))
-    assert [m.folder for m in mirrors.run(MirrorConfig())] == [
-        second.store.folder,
-        first.store.folder,
-    ]
-    kept = second.store.folder
-    size = sum(len(content) for content in files(kept).values())
-    assert [m.folder for m in mirrors.run(MirrorConfig(keep_gb=size / 1e9))] == [kept]
-    assert not first.store.folder.exists()
-    assert view is not None
-    np.testing.assert_array_equal(np.concatenate(view)[:20], values)  # mapped files stay
-    assert first.ids == [f"id{row}" for row in range(20)]  # and others are fetched again
-    assert mirrors.run(MirrorConfig(clear=True)) == []
-    assert "deleted  " in capsys.readouterr().out
-
-
-def test_a_full_disk_is_found_before_anything_is_fetched(
-    url: StoreUrl, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cache(url)
-    cache = open_cache(url)
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CacheError, match=r"image/projected takes 260 B here, only 1.0 kB are free"):
-        cache.array("image/projected")
 
 
 def test_an_upload_that_fails_stops_the_shard(

@@ -67,7 +67,7 @@ def test_classes_that_are_called_alike_get_distinct_names(root: Path) -> None:
         "kit fox",
         "construction crane",
     ]
-    assert choose(manifest.kind, list(manifest.classes.columns)) == "imagenet"
+    assert choose(manifest.kind, list(manifest.classes.columns)).startswith("imagenet")
     assert format_prompts(manifest.classes, ["a {name}."])[0][2] == "a kit fox."
     text = "n01440764 1 newt\nn02012849 2 newt\nn02119789 3 kit_fox\nn03126707 4 newt\n"
     (root / "map_clsloc.txt").write_text(text)

@@ -132,7 +132,7 @@ def begin(
             **plan.attributes,
             **{name: old.attributes[name] for name in _MEASURED if name in old.attributes},
             swap.UPDATES: old.attributes["fingerprint"],
-            "history": history(old, changes),
+            "history": history(old, changes, plan.identity.fingerprint()),
         }
         linked = _linked_bytes(plan, found.images, "image/", donors)
         linked += _linked_bytes(plan, found.texts, "text/", donors)
@@ -155,13 +155,17 @@ def describe(found: Survey, text: bool) -> str:
     return "; ".join(parts)
 
 
-def history(old: Store, changes: Changes) -> list[dict[str, Any]]:
-    """The states that an update of `old` has behind it, oldest first; only complete ones count."""
+def history(old: Store, changes: Changes, fingerprint: str) -> list[dict[str, Any]]:
+    """The states that an update of `old` has behind it, oldest first.
+
+    Only complete ones count, and only those that differ from the next one in their identity.
+    """
     entries: list[dict[str, Any]] = list(old.attributes.get("history", []))
-    if not old.complete:
+    before = old.attributes["fingerprint"]
+    if not old.complete or before == fingerprint:
         return entries
     entry = {
-        "fingerprint": old.attributes["fingerprint"],
+        "fingerprint": before,
         "num_rows": old.attributes["num_rows"],
         "changed": changes.record(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

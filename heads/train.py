@@ -423,7 +423,7 @@ def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:
                 "another --run, or --restart to replace it"
             )
     held = run_folder.read_json(folder / "head.json")["cache"]["fingerprint"]
-    grown = since(cache.history, held)
+    grown = None if held == cache.fingerprint else since(cache.history, held)
     if grown is not None:  # rows have other numbers now: a half-done epoch cannot go on
         raise RunError(
             f"{folder}: trained there on an earlier state of {cache.path}; {grown}; --restart "

@@ -542,6 +542,7 @@ def test_images_changed_in_place_are_found_when_it_is_asked_for(
     run(make("fresh"))
     assert_like_fresh(config.cache, make("fresh").cache)
     assert leftovers(config.cache) == []
+    assert open_cache(config.cache).history == []
 
 
 def test_a_dataset_that_gains_its_first_captions(make, meter, tmp_path, image_folder):

@@ -85,11 +85,26 @@ def test_a_training_on_an_earlier_state_does_not_go_on(
         train.run(config(cache, folder, save_every=1))
     report = train.run(config(cache, folder, save_every=1, restart=True))
     assert report.metrics["num_train_rows"] == 11
+    assert train.run(config(cache, folder, save_every=1)).reused
     # Without a folder of its own a training of the new state is another one.
     monkeypatch.chdir(tmp_path)
     first = train.run(config(cache, None)).run
     grow(4)
     assert train.run(config(cache, None)).run != first
+
+
+def test_a_dataset_that_comes_back_to_an_earlier_state_has_its_runs_again(
+    grow: Callable[[int], Path], image_folder: Path, tmp_path: Path
+) -> None:
+    cache, folder = grow(0), tmp_path / "run"
+    fingerprint = open_cache(cache).fingerprint
+    train.run(config(cache, folder))
+    grow(1)
+    (image_folder / "train/dog/0-0.jpg").unlink()
+    grow(0)
+    assert open_cache(cache).fingerprint == fingerprint
+    assert len(open_cache(cache).history) == 2
+    assert train.run(config(cache, folder)).reused
 
 
 def test_a_training_goes_on_with_the_rows_it_mapped(

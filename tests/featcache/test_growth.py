@@ -167,7 +167,15 @@ def inodes(path: Path, array: str) -> dict[str, int]:
     return {f.parent.name: f.stat().st_ino for f in (path / array / "c").rglob("*") if f.is_file()}
 
 
-def test_other_labels_and_captions_rewrite_no_feature_file(make, meter, tmp_path, image_folder):
+def test_other_labels_and_captions_rewrite_no_feature_file(
+    make, meter, tmp_path, image_folder, monkeypatch
+):
+    create, needs_no_room = growth.create, []
+    monkeypatch.setattr(
+        growth,
+        "create",
+        lambda path, plan, room: needs_no_room.append(room) or create(path, plan, room),
+    )
     dataset = table(tmp_path, image_folder, lambda n: "ab"[n % 2], lambda n: [f"photo {n}"])
     config = make(dataset=dataset)
     run(config)
@@ -189,6 +197,8 @@ def test_other_labels_and_captions_rewrite_no_feature_file(make, meter, tmp_path
     assert {chunk: after[chunk] for chunk in "012"} == {
         chunk: files["text/projected"][chunk] for chunk in "012"
     }
+    # Of 4 image and 4 caption chunks, each 4 rows of 32 float32 and a checksum, one is new.
+    assert needs_no_room == [7 * (4 * 32 * 4 + 4)]
     changed = open_cache(config.cache).history[0]["changed"]
     assert (changed["relabelled"], changed["recaptioned"], changed["new_classes"]) == (8, 1, ["c"])
     assert (changed["gained"], changed["lost"], changed["moved"], changed["changed"]) == (0,) * 4

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,18 +111,21 @@ class Mirror:
             self._uploads.put(key, *parts)
         self._put.add(key)
 
-    def flush(self) -> None:
+    def flush(self, keys: Collection[str] = ()) -> None:
         """Waits until all objects handed over are stored.
 
+        Args:
+            keys: objects that this is about, beside those this thread handed over.
+
         Raises:
-            StorageError: if one was not.
+            StorageError: if one of them was not.
             CacheError: if another process took over the right to write.
         """
         from featcache.lease import require_kept
 
         if self._uploads is not None:
             with self._forgetting_if_it_fails():
-                self._uploads.flush()
+                self._uploads.flush(keys)
         assert isinstance(self.origin.url, StoreUrl)
         require_kept(self.origin.url)
 

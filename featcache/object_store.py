@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -172,8 +172,9 @@ class ObjectFolder(Location):
 class Uploads:
     """Objects on their way to a folder, several at a time and bounded in bytes.
 
-    `put` returns before the object is stored; `flush` waits for all. Either raises the first error
-    of an earlier upload.
+    `put` returns before the object is stored; `flush` waits for all. An upload that failed is told
+    once: to the thread that handed it over, or to who asks for its key. Shards that are written at
+    the same time so fail one by one.
     """
 
     def __init__(self, folder: Location) -> None:
@@ -182,7 +183,7 @@ class Uploads:
         self._changed = threading.Condition()
         self._open = 0
         self._open_bytes = 0
-        self._error: BaseException | None = None
+        self._failed: dict[str, tuple[int, BaseException]] = {}
 
     def put(self, key: str, *parts: Content) -> None:
         """Hands an object over; the bytes are copied, so the caller may reuse its buffer."""
@@ -191,33 +192,40 @@ class Uploads:
             self._changed.wait_for(
                 lambda: not self._open or self._open_bytes + len(content) <= UPLOAD_BYTES
             )
-            self._raise()
+            self._failed.pop(key, None)
+            self._raise(())
             self._open += 1
             self._open_bytes += len(content)
-        self._pool.submit(self._write, key, content)
+        self._pool.submit(self._write, key, content, threading.get_ident())
 
-    def flush(self) -> None:
-        """Waits until everything handed over is stored."""
+    def flush(self, keys: Collection[str] = ()) -> None:
+        """Waits until everything handed over is stored.
+
+        Args:
+            keys: objects whose failure is raised here, beside those this thread handed over.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._open)
-            self._raise()
+            self._raise(keys)
 
-    def _write(self, key: str, content: bytes) -> None:
+    def _write(self, key: str, content: bytes, thread: int) -> None:
         try:
             self.folder.write(key, content)
         except BaseException as error:  # raised by the thread that waits
             with self._changed:
-                self._error = self._error or error
+                self._failed[key] = (thread, error)
         finally:
             with self._changed:
                 self._open -= 1
                 self._open_bytes -= len(content)
                 self._changed.notify_all()
 
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+    def _raise(self, keys: Collection[str]) -> None:
+        me = threading.get_ident()
+        mine = [key for key, (thread, _) in self._failed.items() if thread == me or key in keys]
+        errors = [self._failed.pop(key)[1] for key in mine]
+        if errors:
+            raise errors[0]
 
 
 def _merged(starts: Sequence[int], stops: Sequence[int]) -> list[tuple[int, int]]:

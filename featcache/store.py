@@ -273,11 +273,12 @@ class Store:
             CacheError: naming a chunk file of the shard that is not there.
         """
         assert self.writable, f"{self.path} is open for reading"
+        rows = shard.start, shard.stop
+        arrays = [self.files(name) for name in self.attributes["arrays"][shard.kind]]
         if self.mirror is not None:
-            self.mirror.flush()
-        for name in self.attributes["arrays"][shard.kind]:
-            files = self.files(name)
-            needed = files.chunks_of(shard.start, shard.stop)
+            self.mirror.flush({f.key(c) for f in arrays for c in f.chunks_of(*rows)})
+        for files in arrays:
+            needed = files.chunks_of(*rows)
             missing = sorted(set(needed) - set(files.present(needed)))
             if missing:
                 raise CacheError(

@@ -194,3 +194,25 @@ def test_uploads_are_bounded_and_their_errors_are_raised(
     with pytest.raises(StorageError, match="no such bucket"):
         broken.flush()
     broken.flush()  # said once
+
+
+def test_an_upload_that_failed_is_told_to_who_it_concerns(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = object_store.ObjectFolder.write
+
+    def denied(self: object_store.ObjectFolder, key: str, *parts: bytes) -> None:
+        if key == "theirs":
+            raise StorageDeniedError("denied")
+        original(self, key, *parts)
+
+    monkeypatch.setattr(object_store.ObjectFolder, "write", denied)
+    uploads = Uploads(locate(bucket))
+    other = threading.Thread(target=lambda: uploads.put("theirs", b"1"))
+    other.start()
+    other.join()
+    uploads.put("mine", b"2")
+    uploads.flush({"mine"})
+    with pytest.raises(StorageDeniedError):
+        uploads.flush({"theirs"})
+    uploads.flush({"theirs"})

@@ -40,7 +40,7 @@ Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"views": 3, "captions": 2}, {"num_rows": 37, "dim": 512, "chunk_rows": 8}]
+    "options", [{"views": 3, "captions": 2}, {"num_rows": 37, "dim": 512, "chunk_rows": 8}]
 )
 def test_objects_are_the_local_caches_files(
     written: Make, url: StoreUrl, options: dict[str, Any]
@@ -249,12 +249,10 @@ def test_every_flipped_or_foreign_or_missing_object_is_named(url: StoreUrl) -> N
     folder = locate(url)
     for key in (
         "zarr.json",
-        "rows/zarr.json",
         "image/projected/zarr.json",
         "image/projected/c/1/0",
         "rows/id/c/0",
         "shards/image/c/0",
-        "class_text/x/c/0/0/0",
     ):
         content = folder.read(key)
         damaged = bytearray(content)

@@ -13,7 +13,7 @@ from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
 from featcache.store import Store, verify
 
-NUM_KILLS = 8
+NUM_KILLS = 6
 
 # A parent that has imported everything forks the processes that are killed; see test_kill.py.
 KILLER = """
@@ -21,12 +21,17 @@ import json, os, random, shutil, signal, sys, time
 import torch
 import open_clip
 from featcache import extraction
+from featcache.backbones.open_clip import OpenClipConfig
 from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
 
+os.fsync = lambda descriptor: None  # what a killed process wrote stays; only a power cut loses it
 file, old, num_kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 values = ExtractConfig.from_yaml(file).record()
 encode, before = extraction.encode_views, open_cache(old).array("image/projected").read()
+
+opened = ExtractConfig.model_validate(values).backbone.open("cpu", "fp32")
+OpenClipConfig.open = lambda self, device="cpu", precision="fp32": opened
 
 def slow(*args):
     time.sleep(0.02)

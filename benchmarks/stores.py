@@ -25,11 +25,12 @@ from typing import Any
 from pydantic import NonNegativeFloat, PositiveInt
 
 from cache import random_features, write_cache
-from featcache import mirror, object_store
+from featcache import mirror
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
-from featcache.object_store import ObjectFolder
 from featcache.reader import open_cache
+from featcache.remote import object_store
+from featcache.remote.object_store import ObjectFolder
 from featcache.storage import CachePath, StoreUrl
 from featcache.store import delete_cache
 

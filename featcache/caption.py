@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from pydantic import Field, PositiveInt, model_validator
 
-from featcache.caption_list import CaptionList, open_list, record_of
-from featcache.captioner import Captioner
+from featcache.captioning.caption_list import CaptionList, open_list, record_of
+from featcache.captioning.captioner import Captioner
 from featcache.config import Config, run_job
 from featcache.datasets import AnyDataset
 from featcache.errors import ConfigError

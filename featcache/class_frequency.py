@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from featcache.config import Config, run_job
 from featcache.datasets import AnyDataset
 from featcache.errors import DatasetError
+from featcache.formats.safe_pickle import load_plain_pickle
 from featcache.manifest import Manifest
-from featcache.safe_pickle import load_plain_pickle
 from featcache.shot_groups import shot_groups
 
 _SUFFIXES = (".npz", ".json")

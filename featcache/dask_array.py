@@ -6,7 +6,7 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 
-from featcache.feature_array import FeatureArray
+from featcache.layout.feature_array import FeatureArray
 from featcache.reader import Cache, open_cache
 
 

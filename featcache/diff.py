@@ -13,18 +13,18 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 
-from featcache.cache_plan import human_bytes
-from featcache.changes import compare, num_lost_images
 from featcache.config import Config, run_job
 from featcache.datasets import DATASETS, AnyDataset
-from featcache.donors import Donor
 from featcache.errors import CacheError
-from featcache.growth import depends_on_caption
+from featcache.growing.changes import compare, num_lost_images
+from featcache.growing.donors import Donor
+from featcache.growing.growth import depends_on_caption
+from featcache.growing.row_keys import RowKeys
+from featcache.growing.survey import ENCODE, Survey, survey
+from featcache.layout.cache_plan import human_bytes
 from featcache.manifest import Manifest
-from featcache.row_keys import RowKeys
 from featcache.storage import CachePath
 from featcache.store import Store
-from featcache.survey import ENCODE, Survey, survey
 
 _SHOWN = 5
 

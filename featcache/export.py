@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from featcache.config import Config, run_job
 from featcache.errors import CacheError
-from featcache.feature_array import FeatureArray
+from featcache.layout.feature_array import FeatureArray
 from featcache.reader import Cache, open_cache
 from featcache.storage import CachePath
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache import growth, swap
 from featcache.backbones.base import Backbone
 from featcache.config import run_job
 from featcache.errors import CacheCorruptError, ConfigError
@@ -27,6 +26,7 @@ from featcache.extract_config import (
     check_whole_batches,
 )
 from featcache.extraction import Extraction, first_captions, image_source, request_of
+from featcache.growing import growth, swap
 from featcache.identity import (
     FeatureIdentity,
     Identity,
@@ -34,10 +34,11 @@ from featcache.identity import (
     TokenDtype,
     require_equal,
 )
+from featcache.layout.sharding import feature_arrays, kept_grid, shard_rows_for, shards_for
+from featcache.layout.token_check import token_error
 from featcache.manifest import Manifest
 from featcache.pipeline import BatchReader
 from featcache.precision import PrecisionChoice, Sample, open_checked, resolve_device
-from featcache.sharding import feature_arrays, kept_grid, shard_rows_for, shards_for
 from featcache.store import (
     CachePlan,
     Shard,
@@ -47,7 +48,6 @@ from featcache.store import (
     delete_cache,
     writer_lock,
 )
-from featcache.token_check import token_error
 
 __all__ = [
     "ExtractConfig",

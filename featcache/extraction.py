@@ -18,9 +18,9 @@ from featcache.errors import BackboneError, UnreadableImagesError
 from featcache.extract_config import ExtractConfig, ExtractReport, ShardReport
 from featcache.identity import FeatureIdentity
 from featcache.images import Views
+from featcache.layout.quantize import SCALE, quantize
 from featcache.manifest import Manifest
 from featcache.pipeline import Batch, BatchReader, ImageSource, Progress, ShardWriter, Timings
-from featcache.quantize import SCALE, quantize
 from featcache.row_block import RowBlock
 from featcache.store import Shard, ShardKind, Store
 

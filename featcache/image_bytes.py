@@ -20,7 +20,7 @@ from pathlib import Path
 
 import xxhash
 
-from featcache.arrow_cells import read_cell
+from featcache.formats.arrow_cells import read_cell
 from featcache.storage import Where, is_url, locate
 
 _CUT_OFF = "the tar ends before this member does"

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, NonNegativeInt
 
-from featcache.cache_plan import human_bytes
-from featcache.changes import describe as changes
 from featcache.config import Config, run_job
-from featcache.quantize import SCALE, TokenError
+from featcache.growing.changes import describe as changes
+from featcache.layout.cache_plan import human_bytes
+from featcache.layout.quantize import SCALE, TokenError
 from featcache.reader import Cache, open_cache
 from featcache.shot_groups import BOUNDARIES, GROUPS, group_names, stated_groups
 from featcache.storage import CachePath

@@ -10,8 +10,8 @@ import pandas as pd
 
 from featcache.batches import Rows
 from featcache.errors import CacheError, ConfigError
-from featcache.feature_array import FeatureArray
 from featcache.identity import fingerprint
+from featcache.layout.feature_array import FeatureArray
 from featcache.reader import Cache
 
 VECTORS = ("image/projected", "image/pooled")

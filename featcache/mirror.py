@@ -26,10 +26,10 @@ import xxhash
 from filelock import FileLock
 from pydantic import Field, NonNegativeFloat
 
-from featcache.cache_plan import human_bytes
-from featcache.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
 from featcache.config import Config, run_job
 from featcache.errors import CacheError, UserError
+from featcache.layout.cache_plan import human_bytes
+from featcache.layout.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
 from featcache.storage import Entry, Location, StoreUrl
 
 PARALLEL = 12
@@ -102,7 +102,7 @@ class Mirror:
 
     def put(self, key: str, *parts: Content) -> None:
         """Hands an object over for upload; see `flush`."""
-        from featcache.object_store import Uploads
+        from featcache.remote.object_store import Uploads
 
         if self._uploads is None:
             self._uploads = Uploads(self.origin)
@@ -121,7 +121,7 @@ class Mirror:
             StorageError: if one of them was not.
             CacheError: if another process took over the right to write.
         """
-        from featcache.lease import require_kept
+        from featcache.remote.lease import require_kept
 
         if self._uploads is not None:
             with self._forgetting_if_it_fails():

@@ -15,14 +15,14 @@ import pandas as pd
 
 from featcache.batches import RAM_BUDGET_BYTES, Rows, plan_batches
 from featcache.errors import CacheError, ConfigError
-from featcache.feature_array import FeatureArray
 from featcache.identity import Identity, require_equal
+from featcache.layout.feature_array import FeatureArray
+from featcache.layout.quantize import SCALE
+from featcache.layout.quantized_array import QuantizedArray
+from featcache.layout.string_table import strings_of
 from featcache.manifest import Task
-from featcache.quantize import SCALE
-from featcache.quantized_array import QuantizedArray
 from featcache.storage import Where
 from featcache.store import Store
-from featcache.string_table import strings_of
 
 if TYPE_CHECKING:
     from featcache.torch_dataset import FeatureDataset

@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from featcache.chunks import write_file
 from featcache.class_text import open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError, UserError
-from featcache.feature_array import FeatureArray
 from featcache.info import describe
+from featcache.layout.chunks import write_file
+from featcache.layout.feature_array import FeatureArray
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
 from featcache.reporting import page, projection, sections, style

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from featcache.chunks import Content, link_file, make_folder, write_file
 from featcache.errors import ConfigError
+from featcache.layout.chunks import Content, link_file, make_folder, write_file
 
 SCHEME = "s3://"
 
@@ -257,6 +257,6 @@ def locate(where: Where) -> Location:
     found = place(where)
     if isinstance(found, Path):
         return LocalFolder(found)
-    from featcache.object_store import ObjectFolder
+    from featcache.remote.object_store import ObjectFolder
 
     return ObjectFolder(found)

@@ -20,7 +20,9 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache_plan import (
+from featcache.errors import CacheCorruptError, CacheError, UserError
+from featcache.identity import Identity
+from featcache.layout.cache_plan import (
     CachePlan,
     Shard,
     ShardKind,
@@ -28,7 +30,7 @@ from featcache.cache_plan import (
     check_plan,
     human_bytes,
 )
-from featcache.cache_root import (
+from featcache.layout.cache_root import (
     cache_exists,
     checked_attributes,
     delete_cache,
@@ -36,7 +38,7 @@ from featcache.cache_root import (
     read_root,
     root_mark,
 )
-from featcache.chunks import (
+from featcache.layout.chunks import (
     CHECKSUM_BYTES,
     PARTIAL,
     ArrayFiles,
@@ -47,13 +49,11 @@ from featcache.chunks import (
     sync_folder,
     write_file,
 )
-from featcache.errors import CacheCorruptError, CacheError, UserError
-from featcache.expected import expected_names, needed_chunks, table_problems
-from featcache.identity import Identity
-from featcache.lock import writer_lock
+from featcache.layout.expected import expected_names, needed_chunks, table_problems
+from featcache.layout.lock import writer_lock
+from featcache.layout.tables import ArrayPlan, fill_value, write_array
 from featcache.mirror import PARALLEL, Mirror
 from featcache.storage import StoreUrl, Where, locate, place
-from featcache.tables import ArrayPlan, fill_value, write_array
 
 _SPARE_BYTES = 64 << 20
 """Room that has to stay free beyond what the plan needs."""
@@ -65,7 +65,7 @@ def open_store(location: Where, name: str = "") -> Any:
 
     found = place(location)
     if isinstance(found, StoreUrl):
-        from featcache.object_store import ObjectFolder
+        from featcache.remote.object_store import ObjectFolder
 
         store: Any = ObjectFolder(found).zarr_store()
     else:
@@ -87,7 +87,7 @@ def create(path: Where, plan: CachePlan, linked_bytes: int = 0) -> "Store":
     path = place(path)
     check_plan(plan)
     if isinstance(path, StoreUrl):
-        from featcache.remote_cache import create_remote
+        from featcache.remote.remote_cache import create_remote
 
         create_remote(path, plan)
         return Store.open(path, write=True)
@@ -383,7 +383,7 @@ class Store:
         try:
             write_array(building, name, data, max(1, (64 << 20) // row_bytes), attributes)
             if self.mirror is not None:
-                from featcache.remote_cache import add_array
+                from featcache.remote.remote_cache import add_array
 
                 add_array(self.mirror.origin, building, name)
                 return

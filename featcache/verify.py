@@ -7,9 +7,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-from featcache.cache_plan import human_bytes
 from featcache.config import Config, run_job
 from featcache.errors import CacheCorruptError
+from featcache.layout.cache_plan import human_bytes
 from featcache.storage import CachePath
 from featcache.store import verify
 

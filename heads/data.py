@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import CacheError, ConfigError
-from featcache.quantized_array import QuantizedArray
+from featcache.layout.quantized_array import QuantizedArray
 from featcache.reader import Cache, FeatureArray
 from heads.base import HeadConfig
 

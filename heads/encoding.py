@@ -15,8 +15,8 @@ from featcache.errors import BackboneError, CacheMismatchError, ConfigError
 from featcache.identity import Identity, differences
 from featcache.images import Views
 from featcache.joined_cache import unit_rows
+from featcache.layout.quantize import as_stored
 from featcache.pipeline import BatchReader, ImageSource
-from featcache.quantize import as_stored
 from featcache.row_block import RowBlock
 from heads.run_folder import LoadedRun, Member
 

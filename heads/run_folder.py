@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featcache.changes import since
 from featcache.errors import CacheMismatchError, UserError
+from featcache.growing.changes import since
 from featcache.identity import Identity, differences
 from featcache.joined_cache import JoinedCache
 from featcache.manifest import class_hash

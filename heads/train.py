@@ -17,10 +17,10 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from featcache.changes import since
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
+from featcache.growing.changes import since
 from featcache.identity import differences, fingerprint
 from featcache.join import open_one_or_joined
 from featcache.joined_cache import JoinedCache, unit_rows

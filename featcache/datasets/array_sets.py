@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from featcache.errors import DatasetError
-from featcache.mat_file import read_mat
-from featcache.safe_pickle import load_plain_pickle
+from featcache.formats.mat_file import read_mat
+from featcache.formats.safe_pickle import load_plain_pickle
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from featcache.datasets.base import DatasetConfig, require_some_image
 from featcache.errors import DatasetError
-from featcache.json_arrays import read_arrays
+from featcache.formats.json_arrays import read_arrays
 from featcache.manifest import Manifest
 
 _IMAGES = {"id": pa.int64(), "file_name": pa.large_string()}

@@ -91,7 +91,7 @@ class Flowers102Config(DatasetConfig):
 
 def _official(base: Path) -> tuple[list[str], list[str], list[int]]:
     """File names, splits and class indices of the official split."""
-    from featcache.mat_file import read_mat
+    from featcache.formats.mat_file import read_mat
 
     (labels,) = read_mat(base / "imagelabels.mat", ["labels"])
     labels = np.atleast_1d(labels).astype(np.int64)

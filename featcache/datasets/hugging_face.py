@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featcache.arrow_cells import open_arrow
 from featcache.datasets.splitting import ALIASES, SplitConfig, rarest_label
 from featcache.errors import DatasetError
+from featcache.formats.arrow_cells import open_arrow
 from featcache.image_bytes import arrow_cell_path
 from featcache.manifest import Manifest, Task
 

@@ -22,7 +22,7 @@ from featcache.datasets.inaturalist_json import (
 from featcache.datasets.inaturalist_layout import resolve
 from featcache.datasets.label_lists import one_or_none
 from featcache.errors import DatasetError
-from featcache.json_arrays import read_arrays
+from featcache.formats.json_arrays import read_arrays
 from featcache.manifest import Manifest
 
 SplitName = Literal["train", "val", "test"]

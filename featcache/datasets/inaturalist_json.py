@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featcache.errors import DatasetError
-from featcache.json_arrays import read_arrays
+from featcache.formats.json_arrays import read_arrays
 
 LEVELS = ("genus", "family", "order", "class", "phylum", "kingdom", "supercategory")
 """Taxonomy fields of a category, from fine to coarse."""

@@ -16,7 +16,7 @@ from featcache.datasets.array_sets import base_folder
 from featcache.datasets.car_names import car_metadata
 from featcache.datasets.folder import entries, images_below
 from featcache.errors import DatasetError
-from featcache.mat_file import read_mat
+from featcache.formats.mat_file import read_mat
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 

@@ -18,11 +18,11 @@ from featcache.datasets.base import DatasetConfig
 from featcache.datasets.patterns import common_root, expand, find
 from featcache.datasets.table import read_classes
 from featcache.errors import ConfigError, DatasetError
+from featcache.formats.tar_index import SampleRule, TarSummary, index_tar
 from featcache.manifest import SPLITS, Manifest, Task
 from featcache.row_block import ROW_SCHEMA
 from featcache.storage import Location, locate, place
 from featcache.streamed import Part, StreamedManifest, cut
-from featcache.tar_index import SampleRule, TarSummary, index_tar
 
 _SOURCE = r"^(none|json:[^.]+(\.[^.]+)*|[^:]+)$"
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from featcache.batches import Rows
-from featcache.feature_array import FeatureArray
+from featcache.layout.feature_array import FeatureArray
 from featcache.reader import Cache
 
 QUERY_BLOCK, BASE_BLOCK = 2048, 8192

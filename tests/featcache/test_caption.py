@@ -11,8 +11,8 @@ from PIL import Image
 
 from featcache.backbones.blip import BlipConfig
 from featcache.caption import CaptionConfig, run
-from featcache.caption_list import CaptionList, open_list
-from featcache.captioner import Captioner
+from featcache.captioning.caption_list import CaptionList, open_list
+from featcache.captioning.captioner import Captioner
 from featcache.config import run_job
 from featcache.datasets.path_lists import read_captions
 from featcache.errors import BackboneError, CacheError, ConfigError, DatasetError

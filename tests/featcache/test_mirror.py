@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from featcache import mirror as mirrors
 from featcache.errors import CacheCorruptError, CacheError
 from featcache.mirror import MirrorConfig
-from featcache.object_store import ObjectFolder
 from featcache.reader import open_cache
-from featcache.remote_cache import replace_remote
+from featcache.remote.object_store import ObjectFolder
+from featcache.remote.remote_cache import replace_remote
 from featcache.storage import StoreUrl, locate
 from featcache.store import Store, cache_exists, verify
 

@@ -17,11 +17,11 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
-from featcache import feature_array
 from featcache.batches import plan_batches
-from featcache.chunks import sealed
 from featcache.errors import CacheError, CacheMismatchError, ConfigError
 from featcache.identity import Identity
+from featcache.layout import feature_array
+from featcache.layout.chunks import sealed
 from featcache.reader import Cache, open_cache
 from featcache.store import create
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from featcache import object_store
 from featcache.config import Config
 from featcache.errors import ConfigError, StorageDeniedError, StorageError
-from featcache.object_store import Uploads
+from featcache.remote import object_store
+from featcache.remote.object_store import Uploads
 from featcache.storage import CachePath, Location, StoreUrl, locate, place
 
 Open = Callable[[], Location]

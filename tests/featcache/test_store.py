@@ -15,9 +15,9 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from featcache.chunks import sealed
 from featcache.errors import CacheCorruptError, CacheError
 from featcache.identity import Identity
+from featcache.layout.chunks import sealed
 from featcache.store import Store, create, verify, writer_lock
 
 Make = Callable[..., Any]

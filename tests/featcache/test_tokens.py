@@ -16,7 +16,7 @@ from featcache.export import to_numpy, to_parquet
 from featcache.extract import ExtractConfig, Extraction, plan, run
 from featcache.images import load_pixels
 from featcache.info import describe
-from featcache.quantize import as_stored, dequantize, quantize, smallest_cosine
+from featcache.layout.quantize import as_stored, dequantize, quantize, smallest_cosine
 from featcache.reader import open_cache
 from featcache.store import verify
 from heads.data import FeatureTable
@@ -104,7 +104,7 @@ def test_blocks_of_a_long_read_are_put_together(stored, monkeypatch):
     cache, _ = stored
     array = cache.array("image/tokens")
     whole = array.read()
-    monkeypatch.setattr("featcache.quantized_array._BLOCK_BYTES", 3 * array.row_bytes)
+    monkeypatch.setattr("featcache.layout.quantized_array._BLOCK_BYTES", 3 * array.row_bytes)
     np.testing.assert_array_equal(array.read(), whole)
     np.testing.assert_array_equal(array.take(np.arange(14)[::-1]), whole[::-1])
 

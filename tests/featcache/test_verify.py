@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featcache.chunks import read_sealed, sealed, write_chunk
 from featcache.errors import CacheCorruptError, CacheError
+from featcache.layout.chunks import read_sealed, sealed, write_chunk
 from featcache.reader import open_cache
 from featcache.store import Store, verify
 from featcache.verify import VerifyConfig, run

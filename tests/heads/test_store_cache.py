@@ -11,8 +11,8 @@ from featcache import extract
 from featcache.class_text import class_text_features
 from featcache.errors import CacheError, StorageDeniedError
 from featcache.extract import ExtractConfig
-from featcache.object_store import ObjectFolder
 from featcache.reader import open_cache
+from featcache.remote.object_store import ObjectFolder
 from featcache.storage import locate
 from featcache.store import verify
 from heads import evaluate, predict, train

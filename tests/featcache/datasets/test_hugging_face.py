@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from featcache.arrow_cells import read_cell
 from featcache.datasets.hugging_face import HuggingFaceConfig
 from featcache.errors import DatasetError
+from featcache.formats.arrow_cells import read_cell
 from featcache.image_bytes import arrow_cell_path, read_bytes, stamp
 
 CLASSES = {"names": ["zebra", "ant", "bee"], "_type": "ClassLabel"}

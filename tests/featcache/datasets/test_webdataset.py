@@ -17,13 +17,13 @@ from featcache.datasets.patterns import expand
 from featcache.datasets.webdataset import WebDatasetConfig
 from featcache.errors import ConfigError, DatasetError
 from featcache.extract import ExtractConfig, run
+from featcache.formats.tar_walk import TarFile
 from featcache.image_bytes import read_bytes, read_many, stamp
 from featcache.manifest import Manifest
 from featcache.reader import open_cache
 from featcache.storage import locate
 from featcache.store import verify
 from featcache.streamed import StreamedManifest
-from featcache.tar_walk import TarFile
 
 Open = Callable[..., Manifest]
 

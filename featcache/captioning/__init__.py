@@ -1,0 +1,1 @@
+"""Parts of the caption job: the model and the list it writes."""

@@ -1,0 +1,1 @@
+"""A cache whose dataset changed: what is known, what is taken over, how it is replaced."""

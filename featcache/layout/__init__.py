@@ -1,0 +1,1 @@
+"""The files of a cache: plan, chunks, tables, arrays over mapped files."""

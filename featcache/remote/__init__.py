@@ -1,0 +1,1 @@
+"""Caches in S3-compatible object stores."""

@@ -21,7 +21,7 @@ from featcache.datasets import AnyDataset
 from featcache.errors import DatasetError
 from featcache.formats.safe_pickle import load_plain_pickle
 from featcache.manifest import Manifest
-from featcache.shot_groups import shot_groups
+from featcache.shot_groups import GROUPS, group_names, stated_groups
 
 _SUFFIXES = (".npz", ".json")
 
@@ -151,11 +151,13 @@ def run(config: ClassFrequencyConfig) -> ClassFrequency:
     """
     manifest = config.dataset.open()
     found = ClassFrequency.of(manifest, config.splits)
-    groups = shot_groups(found.class_freq)
+    stated = stated_groups(manifest.classes)
+    groups = group_names(found.class_freq) if stated is None else stated
     print(
         f"{len(found.gt_labels):,} rows, {int(found.class_freq.sum()):,} labels, "
         f"{manifest.num_classes} classes: "
-        + ", ".join(f"{int(mask.sum())} {name}" for name, mask in groups.items())
+        + ", ".join(f"{groups.count(name)} {name}" for name in GROUPS)
+        + ("" if stated is None else " (as the dataset states them)")
     )
     if config.out is not None:
         found.write(config.out)

@@ -44,6 +44,7 @@ class Config(BaseModel):
             return values
         values = dict(values)
         for name, field in cls.model_fields.items():
+            _refuse_url(name, field, values.get(name))
             if field.discriminator is None or name not in values:
                 continue
             value = values[name]
@@ -149,10 +150,33 @@ def run_job(config_class: type[T], run: Callable[[T], object]) -> NoReturn:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {_file_problem(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: what is written stays; the same command resumes", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _refuse_url(name: str, field: FieldInfo, value: Any) -> None:
+    """Stops where a local path is meant: Path would make a folder `s3:` of an address.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    local = field.annotation in (Path, Path | None)  # what may lie in a store says so
+    if local and isinstance(value, str) and "://" in value:
+        raise ValueError(f"{name}: expected a local path, found {value!r}")
+
+
+def _file_problem(error: OSError) -> str:
+    """What the system refuses, in a line that names the path."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename}: a file is in the way of a folder; choose another path"
+    return f"{error.filename}: {error.strerror}; check the path, its permissions and the disk"
 
 
 def _default_kind(field: FieldInfo) -> str | None:
@@ -168,6 +192,8 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file}: not UTF-8 text ({error.reason})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -77,6 +77,7 @@ def plan(config: ExtractConfig) -> Extraction:
     if config.dry_run:
         raise ConfigError("dry_run true writes nothing; use python -m featcache.extract for it")
     device = resolve_device(config.device)
+    _ = config.text_policy  # a function that is not there is found before anything is written
     manifest = config.dataset.open()
     with ExitStack() as resources:
         resources.enter_context(writer_lock(config.cache))
@@ -126,11 +127,15 @@ def run(config: ExtractConfig) -> ExtractReport:
         report = session.finish()
     rates = report.images_per_second
     copied = f"{report.num_copied} taken over, " if report.num_copied else ""
-    print(
-        f"{path} is complete: {report.num_rows} rows, {copied}{report.num_extracted} extracted now "
-        f"in {report.seconds:.1f} s, {rates['total']} images/s (read {rates['read']}, encode "
-        f"{rates['encode']}, write {rates['write']})"
-    )
+    done = f"{path} is complete: {report.num_rows} rows, {copied}"
+    if report.num_extracted:
+        print(
+            f"{done}{report.num_extracted} extracted now in {report.seconds:.1f} s, "
+            f"{rates['total']} images/s (read {rates['read']}, encode {rates['encode']}, "
+            f"write {rates['write']})"
+        )
+    else:
+        print(f"{done}no image was encoded")
     if report.num_invalid:
         first = session.first_invalid()
         print(

@@ -159,7 +159,7 @@ class Extraction:
             first = self.first_invalid()
             raise UnreadableImagesError(
                 f"{self.path}: {number} of {total} images "
-                f"({100 * number / total:.2g} %) cannot be read, more than max_invalid "
+                f"({100 * number / total:.3g} %) cannot be read, more than max_invalid "
                 f"{self.config.max_invalid} allows; the first is {first['path']}: "
                 f"{first['reason']}; what is done is kept: mend the files and run again with "
                 "--retry_invalid, or raise --max_invalid"

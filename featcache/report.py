@@ -91,7 +91,10 @@ def run(config: ReportConfig) -> Report:
     """
     if config.out.is_dir():
         raise ConfigError(f"out: {config.out} is a folder; name a file such as report.html")
+    if config.out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"out: {config.out} has to end with .html; other formats are not written")
     cache = open_cache(config.cache)
+    config.out.parent.mkdir(parents=True, exist_ok=True)  # refused now, not behind all the work
     info = describe(cache)
     thumbnails = Thumbnails(cache, config.root)
     rng = np.random.default_rng(config.seed)
@@ -136,7 +139,6 @@ def run(config: ReportConfig) -> Report:
     text = page.page(
         title, _subtitle(cache), _facts(cache, info["num_invalid"], leaks, found), parts
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_file(config.out, text.encode())
     if not config.quiet:
         print(f"{config.out}: {len(text) / 1e6:.1f} MB")

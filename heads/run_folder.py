@@ -259,8 +259,14 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Exclusive right to write a run folder.
 
     Raises:
-        RunError: if another process has it.
+        RunError: if another process has it, or the folder holds something else than a run.
     """
+    if folder.is_dir() and not any((folder / name).exists() for name in (".lock", "head.json")):
+        other = next(folder.iterdir(), None)
+        if other is not None:  # --restart would delete by names that others use as well
+            raise RunError(
+                f"{folder}: holds {other.name} and no run; choose a new or an empty folder as --run"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", thread_local=False)
     try:

@@ -88,6 +88,7 @@ class WebDatasetConfig(DatasetConfig):
         summaries = [summary for each in found.values() for summary in each]
         if not any(summary.num_rows for summary in summaries):
             raise DatasetError(f"{folder.url}: no sample in {len(summaries)} tars; check the tars")
+        self._check_fields(summaries, str(folder.url))
         classes, numbers = self._classes(summaries, str(folder.url))
         lists = any(summary.lists for summary in summaries)
         task: Task = "multi_label" if lists else "single_label"
@@ -172,6 +173,22 @@ class WebDatasetConfig(DatasetConfig):
                 if self.limit is not None and rows >= self.limit:
                     break
         return list(_until(found, self.limit))
+
+    def _check_fields(self, summaries: list[TarSummary], where: str) -> None:
+        """Stops if a JSON field that was named is in no sample; labels and captions are optional.
+
+        Raises:
+            DatasetError: naming the field.
+        """
+        for name, option, found in (
+            ("label", self.label, any(summary.labels for summary in summaries)),
+            ("caption", self.caption, any(summary.num_captions for summary in summaries)),
+        ):
+            if option.startswith("json:") and not found:
+                raise DatasetError(
+                    f"{where}: no sample of {len(summaries)} tars has the field "
+                    f"{option.removeprefix('json:')!r} in a .json; check dataset.{name}"
+                )
 
     def _classes(
         self, summaries: list[TarSummary], where: str

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featcache.errors import DatasetError
+from featcache.errors import CacheError, DatasetError
 from featcache.formats.tar_walk import Member, TarFile
 from featcache.identity import fingerprint
 from featcache.image_bytes import tar_member_path
@@ -166,10 +166,9 @@ def _write(file: Path, table: pa.Table, summary: dict[str, Any]) -> None:
         writer.write_table(table.cast(schema))
     try:
         make_folder(file.parent)
-    except OSError as error:
+    except CacheError as error:
         raise DatasetError(
-            f"{file.parent}: the index of the tars cannot be written there ({error.strerror}); "
-            "set dataset.index to another folder"
+            f"the index of the tars cannot be written ({error}); set dataset.index to another one"
         ) from error
     write_file(file, sink.getvalue().to_pybytes())
 

@@ -349,14 +349,25 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder and its parents so that they survive a power cut."""
-    missing = []
+    """Creates a folder and its parents so that they survive a power cut.
+
+    Raises:
+        CacheError: if a file is in the way, or the disk refuses.
+    """
+    wanted, missing = folder, []
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
-        new.mkdir(exist_ok=True)
-        sync_folder(new.parent)
+        try:
+            new.mkdir(exist_ok=True)
+            sync_folder(new.parent)
+        except FileExistsError:
+            raise CacheError(f"{wanted}: {new} is a file; choose another path") from None
+        except OSError as error:
+            raise CacheError(
+                f"{wanted}: cannot make the folder {new} ({error.strerror})"
+            ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Command line, YAML and records of the typed configurations."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -198,8 +200,48 @@ def test_exit_status_tells_bad_options_bad_input_and_bugs_apart(
     assert outcome(KeyboardInterrupt()) == 130
     with pytest.raises(ZeroDivisionError):
         run_job(Job, lambda job: 1 / 0)
+    with pytest.raises(OSError, match="no path"):  # nothing that a user could look at
+        outcome(OSError("no path"))
     monkeypatch.setattr("sys.argv", ["job"])
     assert outcome(None) == 2
+
+
+def test_a_path_that_the_system_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["job", "--cache", "x"])
+    file = tmp_path / "file"
+    file.write_text("")
+
+    def message(touch: Callable[[], object]) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run_job(Job, lambda job: touch())
+        assert caught.value.code == 1
+        return capsys.readouterr().err
+
+    in_the_way = "a file is in the way of a folder; choose another path"
+    assert message(lambda: file.mkdir(exist_ok=True)) == f"error: {file}: {in_the_way}\n"
+    assert message((file / "x").mkdir) == f"error: {file / 'x'}: {in_the_way}\n"
+    assert message(tmp_path.read_bytes).startswith(f"error: {tmp_path}: Is a directory; check")
+
+
+def test_an_address_is_no_local_path() -> None:
+    class Writer(Config):
+        out: Path
+        copy_of: Path | None = None
+        source: str = ""
+
+    assert Writer.model_validate({"out": "a/b", "source": "s3://c/d"}).copy_of is None
+    with pytest.raises(ValueError, match="out: expected a local path, found 's3://b/c'"):
+        Writer.model_validate({"out": "s3://b/c"})
+    with pytest.raises(ValueError, match="copy_of: expected a local path"):
+        Writer.model_validate({"out": "a", "copy_of": "https://b/c"})
+
+
+def test_a_configuration_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        Job.from_yaml(tmp_path / "shard.tar")
 
 
 def test_two_files_with_one_kind_are_refused(

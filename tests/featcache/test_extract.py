@@ -283,8 +283,8 @@ def test_too_many_unreadable_images_fail_and_keep_what_is_done(make, image_folde
         file.write_bytes(b"broken")
     config = make(shard_rows=4)
     pattern = (
-        r"2 of 14 images \(14 %\) cannot be read, more than max_invalid 0.01 allows; the first is "
-        r"train/cat/00.jpg: not an image.*--retry_invalid.*--max_invalid"
+        r"2 of 14 images \(14\.3 %\) cannot be read, more than max_invalid 0.01 allows; the first "
+        r"is train/cat/00.jpg: not an image.*--retry_invalid.*--max_invalid"
     )
     for _ in range(2):  # running again says the same, at once
         with pytest.raises(UnreadableImagesError, match=pattern):
@@ -368,6 +368,12 @@ def test_restart_deletes_caches_only(make, tmp_path):
     with pytest.raises(CacheError, match="not a feature cache"):
         run(config)
     assert (config.cache / "thesis.txt").exists()
+
+
+def test_a_file_in_the_way_of_the_cache(make, tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CacheError, match=r"notes\.txt is a file; choose another path"):
+        run(make("notes.txt/caches/birds"))
 
 
 def test_one_writer_at_a_time(make):
@@ -500,6 +506,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(make, monkeypatch, c
         ({"features": {"token_layer": 0}}, "layers count from 1"),
         ({"device": "tpu"}, "no such device|not supported"),
         ({"device": "cuda:99"}, "torch sees"),
+        ({"features": {"text_policy": "os:nothing"}}, "os has no function 'nothing'"),
         ({"features": {"tokens": "grid:9"}}, "finer than the 4x4"),
         ({"features": {"tokens": "all", "token_layer": 9}}, "token_layer 9 does not exist"),
     ],

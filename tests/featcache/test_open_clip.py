@@ -226,6 +226,16 @@ def test_mistakes_say_what_to_do(model, pretrained, message):
     assert "\n" not in str(caught.value)
 
 
+def test_text_in_the_place_of_weights(tmp_path):
+    # Pickle reads letters as opcodes; which error comes out of that depends on the letters.
+    model = str(architecture_file(tmp_path, "garbled"))
+    for number, text in enumerate(("aeroplane 0\n", "0", "weights", "(((")):
+        file = tmp_path / f"{number}.pt"
+        file.write_text(text)
+        with pytest.raises(BackboneError, match="do not load"):
+            OpenClipConfig(model=model, pretrained=str(file)).open()
+
+
 def test_a_folder_that_is_not_whole_is_refused(tiny_clip, tmp_path):
     config = OpenClipConfig(model=f"local-dir:{tmp_path}")
     with pytest.raises(BackboneError, match=r"no open_clip_config.json"):

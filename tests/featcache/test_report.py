@@ -332,9 +332,10 @@ def test_the_page_is_whole_and_needs_nothing_else(photos: Path) -> None:
 
 
 def test_the_same_cache_gives_the_same_page(photos: Path) -> None:
-    pages = [report.run(options(photos, out=photos / name)).out.read_bytes() for name in ("a", "b")]
+    names = ("a.html", "b.html")
+    pages = [report.run(options(photos, out=photos / name)).out.read_bytes() for name in names]
     assert pages[0] == pages[1]
-    other = report.run(options(photos, out=photos / "c", seed=1)).out.read_bytes()
+    other = report.run(options(photos, out=photos / "c.html", seed=1)).out.read_bytes()
     assert other != pages[0]
 
 
@@ -363,7 +364,9 @@ def test_caches_of_every_kind_and_without_backbone(
 
 
 def test_a_confusion_asked_for_is_made_or_an_error(written: Make, tmp_path: Path) -> None:
-    config = ReportConfig(cache=written().path, out=tmp_path / "r", quiet=True, zero_shot="yes")
+    config = ReportConfig(
+        cache=written().path, out=tmp_path / "r.html", quiet=True, zero_shot="yes"
+    )
     with pytest.raises(CacheError, match="backbone kind 'none'"):
         report.run(config.model_copy(update={"neighbours": "none"}))
 
@@ -391,6 +394,8 @@ def test_letters_that_the_font_lacks_are_left_to_the_reader() -> None:
 
 def test_bad_options_are_named(written: Make, tmp_path: Path) -> None:
     made = written()
+    with pytest.raises(ConfigError, match=r"has to end with \.html"):
+        report.run(ReportConfig(cache=made.path, out=tmp_path / "r.pdf", quiet=True))
     with pytest.raises(ConfigError, match="is a folder; name a file"):
         report.run(ReportConfig(cache=made.path, out=tmp_path, quiet=True))
     with pytest.raises(CacheError, match="no such cache"):

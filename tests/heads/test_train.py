@@ -170,6 +170,17 @@ def test_a_killed_process_resumes_bit_for_bit(make_single: CacheMaker, tmp_path:
         assert torch.equal(tensor, _tensors(tmp_path / "killed")[name]), name
 
 
+def test_a_folder_with_other_files_is_left_alone(make_single: CacheMaker, tmp_path: Path) -> None:
+    weights = tmp_path / "models" / "clip.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("trained for a month")
+    options = config(make_single(), run=weights.parent)
+    for restart in (False, True):
+        with pytest.raises(RunError, match=r"holds clip\.safetensors and no run; choose a new"):
+            train.run(options.model_copy(update={"restart": restart}))
+    assert [file.name for file in weights.parent.iterdir()] == ["clip.safetensors"]
+
+
 def test_a_finished_run_is_reused_and_restart_trains_anew(
     make_single: CacheMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -179,6 +179,11 @@ def test_groups_are_those_of_the_whole_train_list(voc: MakeVoc) -> None:
     assert few["group"].tolist() == table["group"].tolist()
 
 
+def test_counting_keeps_the_stated_groups(voc: MakeVoc, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ClassFrequencyConfig(dataset=voc(shots=1))).class_freq.max() < 20  # tail by count
+    assert "0 head, 1 medium, 19 tail (as the dataset states them)" in capsys.readouterr().out
+
+
 def test_readable_names_change_no_index(voc: MakeVoc) -> None:
     plain, readable = voc().open(), voc(readable_names=True).open()
     assert readable.label_values.tolist() == plain.label_values.tolist()

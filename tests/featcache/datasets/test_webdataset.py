@@ -228,6 +228,14 @@ def test_class_order_is_by_value_by_name_or_by_list(tmp_path: Path, opened: Open
         labels("3", classes=listed)
 
 
+def test_a_field_that_no_sample_has_is_named(tmp_path: Path, opened: Open) -> None:
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.json": '{"tags": ["oak"]}'})
+    with pytest.raises(DatasetError, match=r"field 'tag' in a \.json; check dataset\.label"):
+        opened(train=str(path), label="json:tag")
+    with pytest.raises(DatasetError, match=r"field 'text' in a \.json; check dataset\.caption"):
+        opened(train=str(path), label="json:tags", caption="json:text")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

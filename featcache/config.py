@@ -169,7 +169,7 @@ def _refuse_url(name: str, field: FieldInfo, value: Any) -> None:
     """
     local = field.annotation in (Path, Path | None)  # what may lie in a store says so
     if local and isinstance(value, str) and "://" in value:
-        raise ValueError(f"{name}: expected a local path, found {value!r}")
+        raise ValueError(f"expected a local path for {name}, found {value!r}")
 
 
 def _file_problem(error: OSError) -> str:

@@ -53,6 +53,11 @@ def open_cache(
         require_equal(store.identity, expect, str(path))
     if not store.complete and not allow_incomplete:
         missing, total = len(store.pending()), len(store.shards())
+        if not missing:
+            raise CacheError(
+                f"{path}: all shards are done, but the extraction did not end well; run it again "
+                "with the same options, it says why (too many unreadable images, for one)"
+            )
         raise CacheError(
             f"{path}: {missing} of {total} shards are missing; run the extraction again with the "
             f"same options (python -m featcache.extract --cache {path} ...), it resumes"

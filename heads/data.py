@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import CacheError, ConfigError
+from featcache.joined_cache import JoinedCache
 from featcache.layout.quantized_array import QuantizedArray
 from featcache.reader import Cache, FeatureArray
 from heads.base import HeadConfig
@@ -236,6 +237,9 @@ def feature_array(cache: Cache, head: HeadConfig) -> FeatureArray:
                 "its backbone reads no text and has no projection, so choose a head on pooled "
                 "features (--head linear --head.feature pooled)"
             )
+        if isinstance(cache, JoinedCache):
+            lacking = [alias for alias, one in cache.members.items() if not one.has(name)]
+            advice = f"it is not in {', '.join(lacking)}; choose another head or feature"
         raise CacheError(
             f"{cache.path}: head {head.kind} reads {name}, the cache holds {held}; {advice}"
         )

@@ -241,7 +241,8 @@ def run(config: EvaluateConfig) -> Scores:
     )
     table = config.run / f"classes_{split}.csv"
     write_atomic(table, scores.per_class.to_csv(index=False).encode())
-    print(f"{config.run}: {split} of {path}")
+    where = " + ".join(str(one.path) for one in cache.parts)
+    print(f"{config.run}: {split} of {where}")
     print(metrics_table(scores.metrics))
     print(f"per class: {table}")
     return scores

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from featcache.config import Config, run_job
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, DatasetError
 from featcache.join import open_one_or_joined
 from featcache.precision import resolve_device
 from featcache.reader import Cache
@@ -73,7 +73,7 @@ class PredictConfig(Config):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.cache is None) == (self.images is None):
-            raise ValueError("give either cache or images")
+            raise ValueError("give either cache or images (--cache of rows, or --images of files)")
         if self.split is not None and self.cache is None:
             raise ValueError(f"split={self.split} needs cache")
         if self.join and self.cache is None:
@@ -151,6 +151,11 @@ def run(config: PredictConfig) -> PredictReport:
             first = unreadable[0]
             print(f"{len(unreadable):,} unreadable, not predicted: {failures}")
             print(f"  the first: {first.path} ({first.reason})")
+    if unreadable and frame.empty:
+        raise DatasetError(
+            f"none of {len(unreadable)} images could be read, nothing was predicted; the first is "
+            f"{unreadable[0].path} ({unreadable[0].reason})"
+        )
     if config.submission is not None:
         labels = labels_of(frame, loaded.classes)
         answers = submission(order, labels)

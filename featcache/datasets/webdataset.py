@@ -136,7 +136,7 @@ class WebDatasetConfig(DatasetConfig):
                 if not key.endswith(".tar"):
                     raise DatasetError(
                         f"{folder.url}/{key}: expected a plain .tar; unpack a compressed one with "
-                        "gunzip, and correct the pattern"
+                        "gunzip, write a folder's tars as FOLDER/*.tar"
                     )
                 if key in seen:
                     raise DatasetError(

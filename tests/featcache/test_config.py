@@ -232,9 +232,9 @@ def test_an_address_is_no_local_path() -> None:
         source: str = ""
 
     assert Writer.model_validate({"out": "a/b", "source": "s3://c/d"}).copy_of is None
-    with pytest.raises(ValueError, match="out: expected a local path, found 's3://b/c'"):
+    with pytest.raises(ValueError, match="expected a local path for out, found 's3://b/c'"):
         Writer.model_validate({"out": "s3://b/c"})
-    with pytest.raises(ValueError, match="copy_of: expected a local path"):
+    with pytest.raises(ValueError, match="expected a local path for copy_of"):
         Writer.model_validate({"out": "a", "copy_of": "https://b/c"})
 
 

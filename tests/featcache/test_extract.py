@@ -290,6 +290,11 @@ def test_too_many_unreadable_images_fail_and_keep_what_is_done(make, image_folde
         with pytest.raises(UnreadableImagesError, match=pattern):
             run(config)
         assert list(Store.open(config.cache).reports("image")) == [0]
+    last = make("last", shard_rows=16, batch_size=2)
+    with pytest.raises(UnreadableImagesError):
+        run(last)
+    with pytest.raises(CacheError, match=r"all shards are done, but .* did not end well"):
+        open_cache(last.cache)
     for file, data in good.items():
         file.write_bytes(data)
     report = run(make(shard_rows=4, retry_invalid=True))

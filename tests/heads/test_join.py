@@ -12,7 +12,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from featcache import class_text, extract, report
-from featcache.errors import CacheMismatchError
+from featcache.errors import CacheError, CacheMismatchError
 from featcache.extract import ExtractConfig
 from featcache.join import open_joined
 from featcache.reader import open_cache
@@ -68,6 +68,15 @@ def test_a_head_sees_what_either_backbone_sees(halves: tuple[Path, Path], tmp_pa
     assert again.reused
 
 
+def test_the_cache_that_lacks_a_feature_is_named(halves: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = halves
+    lacking = config(one, (two,), tmp_path / "both").model_copy(
+        update={"head": LinearConfig(feature="pooled")}
+    )
+    with pytest.raises(CacheError, match=r"reads image/pooled.*; it is not in one, two; choose"):
+        train.run(lacking)
+
+
 def test_evaluation_finds_all_caches_again(
     halves: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +84,7 @@ def test_evaluation_finds_all_caches_again(
     report = train.run(config(one, (two,), tmp_path / "both"))
     scores = evaluate.run(EvaluateConfig(run=report.run, split="test", device="cpu"))
     assert scores.metrics["top1"] == report.metrics["test"]["top1"]
+    assert f"test of {one} + {two}" in capsys.readouterr().out
     named = EvaluateConfig(run=report.run, cache=one, join=(two,), split="test", device="cpu")
     assert evaluate.run(named).metrics == scores.metrics
     with pytest.raises(CacheMismatchError, match=r"1 cache\(s\) given, the head in .* on 2 \("):

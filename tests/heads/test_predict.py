@@ -12,7 +12,7 @@ import torch
 
 from featcache import extract
 from featcache import submission as featcache_submission
-from featcache.errors import BackboneError, CacheMismatchError, ConfigError
+from featcache.errors import BackboneError, CacheMismatchError, ConfigError, DatasetError
 from featcache.extract import ExtractConfig
 from featcache.reader import open_cache
 from featcache.submission import SubmissionConfig
@@ -96,6 +96,10 @@ def test_unreadable_images_are_listed_with_a_reason_and_not_guessed(
     single = PredictConfig(run=run, images=folder / "deep" / "good.JPG", out=tmp_path / "out.csv")
     assert len(predict.run(single).table) == 1
     assert not (tmp_path / "out.csv.unreadable.csv").exists()
+    broken = single.model_copy(update={"images": folder / "cut.jpg"})
+    with pytest.raises(DatasetError, match=r"none of 1 images could be read.* is cut\.jpg"):
+        predict.run(broken)
+    assert (tmp_path / "out.csv.unreadable.csv").exists()
 
 
 def test_zero_shot_needs_no_training_and_works_without_its_cache(

@@ -36,6 +36,8 @@ from featcache.backbones.weights import (
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Precision, fingerprint
 
+_PIXEL_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
 
 class OpenClipConfig(BackboneConfig):
     """Encoders of open_clip."""
@@ -47,8 +49,9 @@ class OpenClipConfig(BackboneConfig):
     weights, `hf-hub:ORG/REPO`, or an architecture's own JSON file."""
     pretrained: str = ""
     """Tag of the weights (laion2b_s34b_b79k, …), a weights file, or `random` / `random:SEED`; empty
-    for `local-dir:` and `hf-hub:`. A weights file does not carry its preprocessing: it gets
-    open_clip's default (CLIP mean and std, bicubic, shortest side); `local-dir:` has its own."""
+    for `local-dir:` and `hf-hub:`. A weights file does not carry its preprocessing: it gets what
+    all published weights of the architecture share (SigLIP's mean and std), otherwise open_clip's
+    default (CLIP mean and std, bicubic, shortest side); `local-dir:` has its own."""
 
     def open(self, device: str = "cpu", precision: Precision = "fp32") -> "OpenClip":
         """The encoder with its weights loaded, in evaluation mode, gradients off.
@@ -62,6 +65,7 @@ class OpenClipConfig(BackboneConfig):
         name, seed = self._checked()
         source = name if ":" in self.model else self.model
         architecture = open_clip.get_model_config(name)
+        from_file = seed is None and ":" not in name and Path(self.pretrained).is_file()
         with _quiet_root_logger(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed or 0)
             try:
@@ -72,6 +76,7 @@ class OpenClipConfig(BackboneConfig):
                     require_pretrained=seed is None,
                     pretrained_image=False,
                     pretrained_text=False,
+                    force_preprocess_cfg=_published_pixels(name) if from_file else None,
                 )
                 tokenizer = open_clip.get_tokenizer(name)
             except LOAD_ERRORS as error:
@@ -271,6 +276,26 @@ class OpenClip(Backbone):
             PreprocessCfg(**values), is_train=False
         )
         return transform
+
+
+def _published_pixels(name: str) -> dict[str, Any]:
+    """Preprocessing that all published weights of an architecture share; {} if they differ.
+
+    open_clip itself gives every weights file CLIP's, which is wrong for SigLIP and others.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    default = {key: getattr(PreprocessCfg, key) for key in _PIXEL_KEYS}
+    shared: dict[str, Any] | None = None
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        given = open_clip.get_pretrained_cfg(name, tag)
+        stated = {key: given[key] for key in _PIXEL_KEYS if given.get(key)}
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in (default | stated).items()}
+        if shared is not None and found != shared:
+            return {}
+        shared = found
+    return shared or {}
 
 
 def _pixel_spec(model: Any) -> PixelSpec:

@@ -4,12 +4,13 @@ import shutil
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import FeatureRequest
-from featcache.backbones.open_clip import OpenClip, OpenClipConfig
+from featcache.backbones.open_clip import OpenClip, OpenClipConfig, _published_pixels
 from featcache.backbones.weights import weights_hash
 from featcache.errors import BackboneError
 
@@ -200,6 +201,36 @@ def test_a_weights_file_gets_default_pixels(tmp_path, backbone):
     (tmp_path / "weights.pt").write_bytes(b"not weights")
     with pytest.raises(BackboneError, match="do not load"):
         OpenClipConfig(model=str(file), pretrained=str(tmp_path / "weights.pt")).open()
+
+
+def test_a_weights_file_gets_the_pixels_of_its_architecture(tmp_path, monkeypatch):
+    file = architecture_file(tmp_path, "featcache-test-published")
+    model = OpenClipConfig(model=str(file), pretrained="random:5").open()
+    torch.save(model.model.state_dict(), tmp_path / "weights.pt")
+    published = open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli")
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["webli"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: published)
+    loaded = OpenClipConfig(model=str(file), pretrained=str(tmp_path / "weights.pt")).open()
+    assert loaded.spec.identity == model.spec.identity
+    pixels = loaded.spec.pixels
+    assert (pixels.mean, pixels.std) == ((0.5,) * 3, (0.5,) * 3)
+    assert (pixels.interpolation, pixels.resize_mode) == ("bicubic", "squash")
+    black = loaded.reference_transform()(Image.new("RGB", (50, 40)))
+    assert black.unique().tolist() == [-1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("ViT-B-16-SigLIP", (0.5, 0.5, 0.5)),
+        ("MobileCLIP-B", (0.0, 0.0, 0.0)),
+        ("ViT-B-32", open_clip.OPENAI_DATASET_MEAN),
+        ("ViT-L-14", None),  # one of its tags was trained with another mean
+        ("no-such-architecture", None),
+    ],
+)
+def test_pixels_that_all_published_weights_share(name, mean):
+    assert _published_pixels(name).get("mean") == mean
 
 
 def test_another_architecture_under_a_known_name_is_refused(tmp_path):

@@ -254,10 +254,21 @@ def _labels(
         index = pc.fill_null(values, -1).to_numpy().astype(np.int64)
     else:
         names, index = _collect(values, column, root)
-    if not several:  # null or -1: a row without a label, as in published test splits
-        lengths = (index >= 0).astype(np.int64)
-        index = index[index >= 0]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    rows = np.repeat(np.arange(num_rows), lengths)
+    known = index >= 0  # null or -1: no label, as in published test splits
+    rows, index = rows[known], index[known]
+    # Each class once a row, however many objects of it the row lists.
+    first = np.sort(np.unique(np.stack([rows, index]), axis=1, return_index=True)[1])
+    if len(first) < len(rows) and _class_names(parts[0].features[column]) is None:
+        _fail(
+            root,
+            f"column {column!r} has a value twice in one row; expected lists of the row's classes, "
+            "each once: cast the values to ClassLabel, or set dataset.label_column (numbers 0 and "
+            "1 for every class are no such list)",
+        )
+    rows, index = rows[first], index[first]
+    counts = np.bincount(rows, minlength=num_rows)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     frame = pd.DataFrame({"name": names}, dtype=object)
     return frame, "multi_label" if several else "single_label", (offsets, index.astype(np.int32))
 

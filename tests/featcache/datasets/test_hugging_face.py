@@ -138,6 +138,24 @@ def test_lists_of_classes(saved: Saved, kind: str) -> None:
     assert manifest.rows.column("labels").to_pylist() == [row or [] for row in rows]
 
 
+def test_a_class_counts_once_a_row_and_minus_one_is_none(saved: Saved) -> None:
+    rows = [[2, 0, 2], [-1], [0, -1, 0], [1], [None, 1], [1, 2]]
+    feature = {"feature": CLASSES, "_type": "List"}
+    root = saved({"objects": feature}, objects=pa.array(rows, pa.list_(pa.int64())))
+    manifest = HuggingFaceConfig(root=root, val_fraction=0, test_fraction=0).open()
+    assert manifest.rows.column("labels").to_pylist() == [[2, 0], [], [0], [1], [1], [1, 2]]
+    assert manifest.classes["count"].tolist() == [2, 3, 2]
+
+
+def test_numbers_that_mark_every_class_are_no_list_of_classes(saved: Saved) -> None:
+    feature = {"feature": {"dtype": "int8", "_type": "Value"}, "_type": "List"}
+    rows = pa.array([[0, 1, 0]] * 6, pa.list_(pa.int8()))
+    root = saved({"label": feature}, label=rows)
+    with pytest.raises(DatasetError, match="'label' has a value twice in one row") as error:
+        HuggingFaceConfig(root=root).open()
+    one_line(error)
+
+
 def test_plain_labels_are_sorted_numbers_by_value(saved: Saved) -> None:
     value = {"dtype": "int64", "_type": "Value"}
     root = saved({"label": value}, label=[10, 9, None, 9, 1, 10])

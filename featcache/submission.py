@@ -48,7 +48,7 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
     file = config.predictions
     if not file.is_file():
         raise ConfigError(f"predictions: no such file: {file}; python -m heads.predict writes one")
-    table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str)
+    table = pd.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
     if not {"id", "class_1"} <= set(table.columns):
         raise ConfigError(f"{file}: expected columns id and class_1, as heads.predict writes them")
     classes = open_cache(config.cache, verify=False, allow_incomplete=True).classes
@@ -58,6 +58,11 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
     write_submission(config.out, frame)
     print(summary(config.out, frame))
     return frame
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    """Cells as they are written: a class may be called "None" or "NA"."""
+    return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
 def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]]:
@@ -70,7 +75,7 @@ def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]
         classes: class table; column `label_id`, or names that are numbers.
 
     Raises:
-        ConfigError: if classes have no label ids.
+        ConfigError: if classes have no label ids, or a predicted one is not in the class table.
     """
     names = [str(name) for name in classes["name"]]
     numbers = [str(value) for value in classes.get("label_id", classes["name"])]
@@ -84,6 +89,13 @@ def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]
     found = {}
     for name, cell, best in zip(table["id"], above, table["class_1"], strict=True):
         chosen = cell.split(SEPARATOR) if isinstance(cell, str) and cell else [str(best)]
+        unknown = [one for one in chosen if one not in label_id]
+        if unknown:
+            raise ConfigError(
+                f"{name}: predicted class {unknown[0]!r} is none of the {len(names)} of the class "
+                'table; name the cache that the head was trained on (classes with "; " in their '
+                "names cannot be told apart)"
+            )
         found[str(name)] = sorted(label_id[one] for one in chosen)
     return found
 

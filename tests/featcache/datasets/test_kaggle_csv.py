@@ -240,6 +240,18 @@ def test_files_that_do_not_fit_together(kaggle: MakeKaggle, tmp_path: Path) -> N
 # --- submissions ---------------------------------------------------------------------------------
 
 
+def test_class_names_that_look_like_missing_cells(tmp_path: Path) -> None:
+    classes = pd.DataFrame({"name": ["None", "NA", "dog"], "label_id": ["4", "7", "9"]})
+    table = pd.DataFrame(
+        {"id": ["1.jpg", "2.jpg"], "classes": ["NA; dog", ""], "class_1": ["dog", "None"]}
+    )
+    table.to_csv(tmp_path / "p.csv", index=False)
+    read = submission._read_csv(tmp_path / "p.csv")
+    assert submission.labels_of(read, classes) == {"1.jpg": [7, 9], "2.jpg": [4]}
+    with pytest.raises(ConfigError, match="predicted class 'NA' is none of the 1 of the class"):
+        submission.labels_of(read, classes[2:])
+
+
 def test_a_submission_has_the_order_and_the_ids_of_the_test_file(
     kaggle: MakeKaggle, tmp_path: Path
 ) -> None:

@@ -105,7 +105,6 @@ def choose(kind: str, columns: Sequence[str]) -> str:
             biology; anything else the kind's nearest set, or generic.
     """
     kind = kind.removesuffix("_few_shot")  # another split of the same classes
-    kind = kind.removesuffix("_few_shot")
     if kind in TEMPLATES:
         return kind
     if {"make", "model"} <= set(columns):

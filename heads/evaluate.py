@@ -284,7 +284,7 @@ def _multi_label_table(
     classes: pd.DataFrame,
     threshold: float,
 ) -> pd.DataFrame:
-    predicted = scores > np.log(threshold / (1 - threshold))
+    predicted = scores >= np.log(threshold / (1 - threshold))
     precision, recall, f1 = metrics.precision_recall_f1(predicted, targets)
     return _class_table(
         classes,

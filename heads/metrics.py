@@ -276,7 +276,7 @@ def multi_label_metrics(
     if labelled.any():
         by_row = average_precision(scores[labelled].T, targets[labelled].T)
         metrics["map_rows"] = float(by_row.mean())
-    predicted = scores > np.log(threshold / (1 - threshold))
+    predicted = scores >= np.log(threshold / (1 - threshold))
     precision, recall, f1 = precision_recall_f1(predicted, targets)
     support = targets.sum(0, dtype=np.float64)
     weights = support / max(support.sum(), 1.0)

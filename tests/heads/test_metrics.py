@@ -203,3 +203,6 @@ def test_threshold_is_a_probability() -> None:
     sigmoid = 1 / (1 + np.exp(-1.5))
     found = metrics.multi_label_metrics(scores, targets, np.ones(1, int), threshold=sigmoid)
     assert found["micro_f1"] == 1.0
+    # From the threshold on, as heads.predict lists classes.
+    even = metrics.multi_label_metrics(scores - 2, targets, np.ones(1, int), threshold=0.5)
+    assert even["micro_f1"] == 1.0

@@ -348,7 +348,8 @@ def run(config: MirrorConfig) -> list[Mirrored]:
 def mirrors() -> list[Mirrored]:
     """The local copies on this machine."""
     found = []
-    for root in mirror_root().glob("*/*/zarr.json"):
+    # By the fingerprint: caches on their way into a store are put together beside them.
+    for root in mirror_root().glob(f"*/{'[0-9a-f]' * 32}/zarr.json"):
         files = [file.stat() for file in root.parent.rglob("*") if file.is_file()]
         size = sum(each.st_size for each in files)
         found.append(Mirrored(root.parent, size, root.parent.stat().st_mtime))

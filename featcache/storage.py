@@ -84,6 +84,9 @@ def is_url(where: Where) -> bool:
 def place(where: Where) -> Path | StoreUrl:
     """A path or an address, whichever a text means.
 
+    A symbolic link is followed: what lies beside a cache (its lock, its next state) has to be the
+    same under all its names, and on its disk.
+
     Raises:
         ConfigError: for an address of another kind than s3.
     """
@@ -94,7 +97,8 @@ def place(where: Where) -> Path | StoreUrl:
         return StoreUrl.parse(text if text.startswith(SCHEME) else text.replace("s3:/", SCHEME, 1))
     if "://" in text and text.partition("://")[0].isalnum():
         raise ConfigError(f"{text}: expected a local folder or s3://bucket/prefix")
-    return Path(where)
+    path = Path(where)
+    return path.resolve() if path.name in ("", "..") or path.is_symlink() else path
 
 
 def _cache_path(value: Any) -> Path | StoreUrl:
@@ -103,6 +107,8 @@ def _cache_path(value: Any) -> Path | StoreUrl:
     found = place(value)
     if isinstance(found, StoreUrl) and not found.prefix:
         raise ValueError("a cache needs a folder in its bucket, e.g. s3://bucket/birds")
+    if not found.name:
+        raise ValueError("a cache needs a folder of its own, this is the root of the disk")
     return found
 
 

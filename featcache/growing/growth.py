@@ -79,10 +79,16 @@ def is_wanted(store: Store, identity: Identity, num_captions: int) -> bool:
         num_captions: captions of the dataset; a dataset without any has no caption features,
             whatever the options say.
     """
-    free = set() if num_captions and store.attributes["num_captions"] else {"features.text"}
-    found = store.identity.record()
-    names = {name for name, _, _ in differences(found, identity.record())} - free
-    return bool(names) and all(name.startswith("dataset.") for name in names)
+    return store.identity != identity and _fits(store, identity, num_captions)
+
+
+def _fits(store: Store, identity: Identity, num_captions: int) -> bool:
+    """Whether rows of a cache are right for another of that identity; see `is_wanted`."""
+    free: set[str] = set()
+    if not num_captions or not store.attributes["num_captions"]:
+        free = {"features.text", "features.text_policy"}
+    found = differences(store.identity.record(), identity.record())
+    return all(name.startswith("dataset.") or name in free for name, _, _ in found)
 
 
 def begin(
@@ -111,7 +117,12 @@ def begin(
     old = Store.open(path)
     building = swap.next_path(path)
     begun = _begun(path, plan.identity)
-    others = [Store.open(other) for other in swap.donor_paths(path)]
+    # They may be older than the cache: left by one that was deleted, and came from another encoder.
+    others = [
+        store
+        for store in map(Store.open, swap.donor_paths(path))
+        if _fits(store, plan.identity, manifest.num_captions)
+    ]
     donors = [Donor(store) for store in (old, *([begun] if begun else []), *others)]
     keys = RowKeys.of_manifest(manifest)
     found = survey(
@@ -248,8 +259,9 @@ def _carry_class_text(old: Store, new: Store) -> None:
     """Links class text features whose sentences are still the same."""
     now = Cache(new)
     source, target = locate(old.path), locate(new.path)
-    keys = [entry.key for entry in source.list("class_text")]
-    for name in sorted({"/".join(key.split("/")[:2]) for key in keys if key.count("/") > 1}):
+    keys = [entry.key for entry in source.list("class_text") if entry.key.count("/") == 2]
+    # An array without metadata was never finished.
+    for name in [key.removesuffix("/zarr.json") for key in keys if key.endswith("/zarr.json")]:
         if target.exists(f"{name}/zarr.json"):
             continue
         files = old.files(name)

@@ -1,5 +1,6 @@
 """One process writes a cache at a time; the next one is told who does."""
 
+import glob
 import json
 import os
 import shutil
@@ -59,7 +60,7 @@ def sweep(path: Path) -> None:
     """Deletes the half-written files of a killed writer; only for who holds the lock."""
     for stale in path.rglob(f"*{PARTIAL}"):
         stale.unlink(missing_ok=True)
-    for stale in path.parent.glob(f"{path.name}{PARTIAL}-*"):
+    for stale in path.parent.glob(f"{glob.escape(path.name)}{PARTIAL}-*"):
         shutil.rmtree(stale)
 
 

@@ -172,7 +172,6 @@ def read_string_chunk(files: ArrayFiles, chunk: int) -> list[str]:
         CacheCorruptError: if the file is damaged.
     """
     files.fetch([chunk])
-    files.fetch([chunk])
     require(files.problem(chunk))
     data = files.file(chunk).read_bytes()
     num = min(files.chunk_rows, files.shape[0] - chunk * files.chunk_rows)

@@ -210,3 +210,16 @@ def test_a_full_disk_is_found_before_anything_is_fetched(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CacheError, match=r"image/projected takes 260 B here, only 1.0 kB are free"):
         cache.array("image/projected")
+
+
+def test_a_cache_on_its_way_into_a_store_is_no_mirror(url: StoreUrl) -> None:
+    write_cache(url)
+    open_cache(url)
+    (kept,) = mirrors.mirrors()
+    building = mirrors.mirror_root() / "building-x"
+    (building / "rows").mkdir(parents=True)
+    (building / "rows/zarr.json").write_text("{}")
+    assert mirrors.mirrors() == [kept]
+    mirrors.run(MirrorConfig(clear=True))
+    assert (building / "rows/zarr.json").is_file()
+    assert not kept.folder.exists()

@@ -102,9 +102,21 @@ def test_a_cache_field_takes_both() -> None:
     assert Job.model_validate(job.record()) == job
     schema = TypeAdapter(CachePath).json_schema()
     assert schema == {"type": "string", "format": "path"}
-    for text in ("", "s3://bucket", "ftp://b/x"):
+    for text in ("", "s3://bucket", "ftp://b/x", "/"):
         with pytest.raises(ConfigError, match=r"^cache: "):
             Job.from_command_line(["--cache", text])
+
+
+def test_a_cache_is_the_same_under_all_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "link").symlink_to("birds")
+    assert place(tmp_path / "link") == tmp_path.resolve() / "birds"
+    assert place(tmp_path / "birds") == tmp_path / "birds"
+    monkeypatch.chdir(tmp_path / "birds")
+    assert place(".") == tmp_path.resolve() / "birds"
+    assert place("cache") == Path("cache")
 
 
 def test_a_store_that_refuses_says_so_in_one_line(

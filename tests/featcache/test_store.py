@@ -137,6 +137,10 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(written: Make) -> None:
     with Store.open(made.path, write=True).lock():
         assert not half.exists()
         assert not building.exists()
+    deleted = made.path.with_name("cache[1].partial-deleted")  # a pattern to `glob`
+    deleted.mkdir()
+    with writer_lock(made.path.with_name("cache[1]")):
+        assert not deleted.exists()
 
 
 def test_creation_leaves_nothing_when_it_fails(
@@ -252,6 +256,11 @@ def test_what_is_no_cache_is_said_in_one_line(tmp_path: Path, written: Make) -> 
     zarr.create_group(tmp_path / "plain", attributes={"a": 1})
     with pytest.raises(CacheError, match="plain: a Zarr store, but not a feature cache"):
         Store.open(tmp_path / "plain")
+    # `--restart` deletes damaged caches, so somebody else's store must not look like one.
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    with pytest.raises(CacheError, match="bare: a Zarr store, but not a feature cache"):
+        Store.open(tmp_path / "bare")
     zarr.create_group(tmp_path / "old", zarr_format=2)
     with pytest.raises(CacheError, match="a Zarr v2 store"):
         Store.open(tmp_path / "old")

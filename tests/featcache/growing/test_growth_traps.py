@@ -1,0 +1,98 @@
+"""What lies beside or inside a cache from before, and must not find its way into an update."""
+
+import numpy as np
+import pytest
+
+from featcache.extract import ExtractConfig, run
+from featcache.reader import open_cache
+from featcache.storage import locate
+from featcache.store import verify
+
+
+@pytest.fixture
+def make(image_folder, tiny_clip, tmp_path, opened_once):
+    def build(cache="cache", **changed):
+        values = {
+            "dataset": {"root": str(image_folder)},
+            "backbone": {"model": f"local-dir:{tiny_clip}"},
+            "cache": cache if "/" in cache else str(tmp_path / cache),
+            "device": "cpu",
+            "batch_size": 4,
+            "shard_rows": 4,
+            "num_readers": 2,
+            "precision": "fp32",
+            "features": {"storage_dtype": "float32"},
+            **changed,
+        }
+        return ExtractConfig.model_validate(values)
+
+    return build
+
+
+def test_features_of_another_kind_left_beside_a_cache_are_not_taken_over(
+    make, image_folder, make_jpeg, tmp_path
+):
+    config = make()
+    run(config)
+    (image_folder / "train/cat/zz.jpg").write_bytes(make_jpeg(90, 70, 1))
+    # As an update leaves it that was set aside, when its cache is deleted and made anew by hand.
+    stale = make("cache.donor-0123abcd", mode="reference")
+    run(stale)
+    other = open_cache(stale.cache).array("image/projected").read()
+    assert run(config).num_extracted == 1
+    run(make("fresh"))
+    grown, fresh = (
+        open_cache(tmp_path / name).array("image/projected").read() for name in ("cache", "fresh")
+    )
+    largest = np.abs(fresh).max()
+    np.testing.assert_allclose(grown, fresh, rtol=0, atol=1e-6 * largest)
+    assert np.abs(other - fresh).max() > 1e-4 * largest
+
+
+def test_first_captions_bring_their_text_policy(make, tmp_path, image_folder):
+    listing = tmp_path / "list.csv"
+
+    def write(caption: str) -> None:
+        lines = ["path,split,label,captions"]
+        for file in sorted(image_folder.rglob("*.jpg")):
+            path = file.relative_to(image_folder)
+            lines.append(f"{path},{path.parts[0]},{path.parts[1]},{caption}")
+        listing.write_text("\n".join(lines) + "\n")
+
+    config = make(
+        dataset={"kind": "table", "file": str(listing), "root": str(image_folder)},
+        features={"text_policy": "picture_of"},
+    )
+    for caption, policy in (("", "raw"), ("A cat", "picture_of"), ("", "raw")):
+        write(caption)
+        report = run(config)
+        cache = open_cache(config.cache)
+        assert cache.identity.features.text_policy == policy
+        assert report.num_captions == (14 if caption else 0)
+        assert cache.has("text/projected") == bool(caption)
+        assert report.num_copied == 14 * (len(cache.history) > 0)
+
+
+def test_a_cache_behind_a_symbolic_link_stays_on_its_disk(make, image_folder, make_jpeg, tmp_path):
+    disk = tmp_path / "disk"
+    run(make(str(disk / "real")))
+    (tmp_path / "link").symlink_to(disk / "real")
+    (image_folder / "train/cat/zz.jpg").write_bytes(make_jpeg(40, 40, 1))
+    assert run(make("link")).num_copied == 14
+    assert open_cache(disk / "real").num_rows == 15
+    assert run(make("link", restart=True)).num_extracted == 15
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in disk.iterdir()) == ["real", "real.lock"]
+    assert [p.name for p in tmp_path.iterdir() if "link" in p.name] == ["link"]
+
+
+def test_half_an_array_of_class_text_in_a_store_does_not_stop_an_update(
+    make, bucket, image_folder, make_jpeg
+):
+    config = make(f"{bucket}/birds")
+    run(config)
+    # What a head leaves that is killed while it keeps class text: the metadata come last.
+    locate(config.cache).write("class_text/abc/c/0/0", b"half")
+    (image_folder / "train/cat/zz.jpg").write_bytes(make_jpeg(40, 40, 1))
+    assert run(config).num_extracted == 1
+    assert verify(config.cache) == []

@@ -103,6 +103,8 @@ class Config(BaseModel):
 
 T = TypeVar("T", bound=Config)
 
+_UNION_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
+
 
 def one_of(package: str, path: Iterable[str], base: type[T]) -> dict[str, type[T]]:
     """Config classes of a folder by `kind`; adding a file to the folder adds a member.
@@ -309,6 +311,8 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """The help text; an option that only some kinds have begins with their names."""
         for action in self._actions:
+            if "StoreUrl" in str(action.metavar):
+                action.metavar = "PATH"
             text = next(
                 (self._kind_texts[f] for f in action.option_strings if f in self._kind_texts), ""
             )
@@ -331,7 +335,9 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
     """Nested values of the flags that were given, still unvalidated."""
     module = sys.modules.get("__main__")
     spec = getattr(module, "__spec__", None)
-    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None else None
+    program = f"python -m {spec.name}" if spec is not None else None
+    if spec is not None and spec.name == "featcache.__main__":
+        program = f"python -m {sys.argv[0]}"  # which the front command has set to its job
 
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(
@@ -376,11 +382,14 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
-    lines = []
+    problems: dict[tuple[str, str], list[str]] = {}  # a union has one for each of its members
     for item in error.errors(include_url=False):
         names: list[str] = []
         tagged = False
-        for part in item["loc"]:  # pydantic puts the kind behind a union's name: head.linear.bias
+        for part in item["loc"]:  # pydantic names the member of a union that did not fit
+            if _UNION_MEMBER.fullmatch(str(part)):
+                continue
+            # and the kind behind a union's name: head.linear.bias
             if not tagged:
                 names.append(str(part))
             tagged = not tagged and ".".join(names) in kind_fields
@@ -394,8 +403,10 @@ def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             message = f"unknown kind {context['tag']!r}; known: {context['expected_tags']}"
-        lines.append(f"{path}: {message}{shown}")
-    return lines
+        problems.setdefault((path, shown), []).append(message)
+    return [
+        f"{path}: {' or '.join(messages)}{shown}" for (path, shown), messages in problems.items()
+    ]
 
 
 def canonical_json(value: Any) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from featcache.config import Config, one_of, run_job, union_of
 from featcache.errors import ConfigError, DatasetError
+from featcache.storage import CachePath
 
 
 class Part(Config):
@@ -223,6 +224,27 @@ def test_a_path_that_the_system_refuses_is_one_line(
     assert message(lambda: file.mkdir(exist_ok=True)) == f"error: {file}: {in_the_way}\n"
     assert message((file / "x").mkdir) == f"error: {file / 'x'}: {in_the_way}\n"
     assert message(tmp_path.read_bytes).startswith(f"error: {tmp_path}: Is a directory; check")
+
+
+def test_a_value_that_fits_no_member_of_a_union_is_one_line() -> None:
+    class Sized(Config):
+        size: PositiveInt | Literal["auto"] = "auto"
+        cache: CachePath = Path("c")
+
+    with pytest.raises(ConfigError, match=r"^size: Input .* integer.* or .* 'auto', found 'big'$"):
+        Sized.from_command_line(["--size", "big"])
+
+
+def test_a_path_that_may_lie_in_a_store_is_a_path_in_the_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Reader(Config):
+        cache: CachePath
+        """Where it is."""
+
+    with pytest.raises(SystemExit):
+        Reader.from_command_line(["--help"])
+    assert "--cache PATH" in capsys.readouterr().out
 
 
 def test_an_address_is_no_local_path() -> None:

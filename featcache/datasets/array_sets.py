@@ -123,8 +123,7 @@ def read_cifar100(root: Path) -> ArraySet:
         files = {"train": ["train"], "test": ["test"]}
         found = _cifar_pickles(python, files, "fine_labels", fine)
         groups = {
-            split: np.asarray(_pickled(python / split, "coarse_labels"), np.int64)
-            for split in ("train", "test")
+            split: _array(python / split, "coarse_labels", np.int64) for split in ("train", "test")
         }
     else:
         base = base_folder(root, "cifar-100-binary")
@@ -144,16 +143,25 @@ def read_cifar100(root: Path) -> ArraySet:
 def _cifar_pickles(base: Path, files: dict[str, list[str]], key: str, names: list[str]) -> ArraySet:
     pixels, labels = {}, {}
     for split, parts in files.items():
-        rows = [np.asarray(_pickled(base / part, "data")) for part in parts]
+        rows = [_array(base / part, "data") for part in parts]
         for part, data in zip(parts, rows, strict=True):
             if data.ndim != 2 or data.shape[1] != 3072 or data.dtype != np.uint8:
                 raise DatasetError(
                     f"{base / part}: expected rows of 3072 bytes, found {data.shape}"
                 )
         pixels[split] = np.concatenate(rows).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        known = [np.asarray(_pickled(base / part, key), np.int64) for part in parts]
+        known = [_array(base / part, key, np.int64) for part in parts]
         labels[split] = np.concatenate(known)
     return _checked(base, ArraySet(pixels, labels, pd.DataFrame({"name": names}, dtype=object)))
+
+
+def _array(file: Path, key: str, dtype: type[np.generic] | None = None) -> npt.NDArray[Any]:
+    """A pickled list or array."""
+    found = _pickled(file, key)
+    try:
+        return np.asarray(found, dtype)
+    except (ValueError, TypeError):  # rows of unequal length, or text for numbers
+        raise DatasetError(f"{file}: {key!r} is no array of numbers; download it again") from None
 
 
 def _pickled(file: Path, key: str) -> Any:

@@ -63,7 +63,7 @@ def read_food101(root: Path, variant: Variant) -> ListedSet:
             listed = json.loads(_text(file))
         except json.JSONDecodeError as error:
             raise DatasetError(f"{file}: not JSON ({error})") from None
-        if not isinstance(listed, dict):
+        if not isinstance(listed, dict) or not all(isinstance(p, list) for p in listed.values()):
             raise DatasetError(f"{file}: expected an object with a list of images a class")
         rows += [
             (split, name, f"images/{path}.jpg") for name, paths in listed.items() for path in paths
@@ -145,7 +145,7 @@ def read_stanford_cars(root: Path, variant: Variant) -> ListedSet:
             paths.append(f"cars_{split}/{row['fname']}")
             labels.append(int(row["class"]) - 1)
             splits.append(split)
-    if not 0 <= min(labels) <= max(labels) < len(names):
+    if labels and not 0 <= min(labels) <= max(labels) < len(names):
         raise DatasetError(
             f"{base}: classes {min(labels) + 1} to {max(labels) + 1}, {len(names)} names"
         )

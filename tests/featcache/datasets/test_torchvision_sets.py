@@ -478,6 +478,29 @@ def test_damaged_arrays(tmp_path: Path) -> None:
         config("mnist", tmp_path).open()
 
 
+def test_files_of_another_content(tmp_path: Path) -> None:
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/train.json").write_text('{"apple_pie": 5}')
+    with pytest.raises(DatasetError, match="expected an object with a list of images a class"):
+        config("food101", tmp_path).open()
+    (tmp_path / "devkit").mkdir()
+    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": np.asarray(["Audi S4"], object)})
+    nothing = {"annotations": np.zeros(0, [("class", "O"), ("fname", "O")])}
+    savemat(tmp_path / "devkit/cars_train_annos.mat", nothing)
+    savemat(tmp_path / "cars_test_annos_withlabels.mat", nothing)
+    with pytest.raises(DatasetError, match="found no images of stanford_cars"):
+        config("stanford_cars", tmp_path).open()
+    python = tmp_path / "cifar-10-batches-py"
+    python.mkdir()
+    files = {"batches.meta": {"label_names": ["a"]}}
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    files |= {name: {"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]} for name in names}
+    for name, content in files.items():
+        (python / name).write_bytes(pickle.dumps(content))
+    with pytest.raises(DatasetError, match="data_batch_1: 'labels' is no array of numbers"):
+        config("cifar10", tmp_path).open()
+
+
 def test_a_wrong_root_is_noticed(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         write(tmp_path, f"labels/{split}1.txt", f"banded/{split}.jpg\n")

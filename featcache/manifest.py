@@ -194,11 +194,15 @@ class Manifest:
         return self._whole.captions
 
     def limited(self, limit: int) -> "Manifest":
-        """The first `limit` rows of each split."""
-        ranges = self.split_ranges.values()
-        return self.only(
-            np.concatenate([np.arange(start, min(stop, start + limit)) for start, stop in ranges])
-        )
+        """`limit` rows of each split, at even steps: of n rows, row floor(i n / limit) for each i.
+
+        Many datasets lie sorted by class, so that the first rows are of one class alone.
+        """
+        kept = []
+        for start, stop in self.split_ranges.values():
+            count = min(limit, stop - start)
+            kept.append(start + np.arange(count) * (stop - start) // max(count, 1))
+        return self.only(np.concatenate(kept))
 
     def only(self, kept: npt.NDArray[np.int64]) -> "Manifest":
         """The given rows, in ascending order; training counts are those of the kept rows."""

@@ -155,7 +155,7 @@ class StreamedManifest(Manifest):
         return found
 
     def limited(self, limit: int) -> Manifest:
-        """The first `limit` rows of each split."""
+        """The first `limit` rows of each split; rows spread over it would all have to be read."""
         parts = []
         for name, (start, stop) in self.split_ranges.items():
             left = min(limit, stop - start)

@@ -23,7 +23,8 @@ class DatasetConfig(Config):
     kind: str
     """Dataset kind."""
     limit: PositiveInt | None = None
-    """Keep only the first `limit` images of each split (after `shots`); unset = all."""
+    """Keep only this many images of each split (after `shots`), at even steps over it, so that sets
+    that lie sorted by class keep all classes if they can; unset = all."""
     shots: PositiveInt | None = None
     """Keep only this many training images of each class, usually 1, 2, 4, 8 or 16; val and test
     stay whole. Multi-label sets keep few images that together show every class this often. Unset =

@@ -55,6 +55,8 @@ class WebDatasetConfig(DatasetConfig):
     numbers from 0. Unset = all labels found, sorted, numbers by value."""
     skip_imageless: bool = False
     """Leave out samples that have no image instead of stopping."""
+    limit: PositiveInt | None = None
+    """Keep only the first images of each split, this many; no further tar is read. Unset = all."""
     index: Path = Path("~/.cache/featcache/tars")
     """Folder that keeps what was found in each tar: one that did not change is not walked again."""
     index_threads: PositiveInt = 4

@@ -397,7 +397,10 @@ def test_every_option_has_help(kind: str) -> None:
         assert field.description, f"{kind}.{name}"
 
 
-def test_limit_keeps_the_first_rows_of_each_split(image_folder: Path) -> None:
+def test_limit_keeps_rows_of_all_classes_of_each_split(image_folder: Path) -> None:
     manifest = FolderConfig(root=image_folder, limit=3).open()
     assert Counter(manifest.splits) == {"train": 3, "val": 3}
+    for split in ("train", "val"):
+        start, stop = manifest.split_ranges[split]
+        assert set(manifest.label_values[start:stop].tolist()) == {0, 1}
     assert json.loads(json.dumps(FolderConfig(root=image_folder).record()))["kind"] == "folder"

@@ -128,7 +128,27 @@ def test_class_hash_sees_order_and_boundaries() -> None:
     assert len(hashes) == 5
 
 
-def test_limited_keeps_the_first_rows_of_each_split_and_recounts() -> None:
+def test_limited_keeps_rows_at_even_steps_of_each_split() -> None:
+    def numbered(name: str, count: int) -> Manifest:
+        return build(
+            ids=[f"{name}{i:02}" for i in range(count)] + ["last"],
+            paths=[f"{i}" for i in range(count + 1)],
+            splits=[name] * count + ["zoo"],
+            labels=[[i // 5] for i in range(count)] + [[0]],
+            captions=None,
+        )
+
+    for count in (1, 7, 10, 15):
+        for limit in (1, 3, 4, 7, 10, 14, 99):
+            manifest = numbered("train", count).limited(limit)
+            steps = [i * count // limit for i in range(limit)] if limit < count else range(count)
+            assert manifest.ids == [f"train{i:02}" for i in steps] + ["last"]
+    manifest = numbered("train", 15)  # sorted by class, as folders are
+    assert manifest.limited(3).classes["count"].tolist() == [1, 1, 1]
+    assert set(manifest.limited(3).ids) < set(manifest.limited(6).ids)
+
+
+def test_limited_recounts() -> None:
     manifest = build().limited(1)
     assert manifest.ids == ["d", "b", "e", "c"]
     assert manifest.classes["count"].tolist() == [0, 1, 0]

@@ -109,6 +109,8 @@ def test_shots_cut_train_only_and_change_the_identity(tmp_path: Path) -> None:
     assert few.splits == [s for s in few.splits if s == "train"] + ["val"] * 8 + ["test"] * 10
     both = FolderConfig(root=tmp_path, shots=2, limit=3).open()
     assert Counter(both.splits) == {"train": 3, "val": 3, "test": 3}
+    steps = [0, 1, 2, 4, 4 + 2, 4 + 5, 12, 12 + 3, 12 + 6]
+    assert both.ids == [few.ids[row] for row in steps], "shots first, then even steps"
     seeds = [FolderConfig(root=tmp_path, shots=2, shots_seed=seed).open() for seed in range(4)]
     hashes = [m.identity.rows for m in (whole, few, both, *seeds[1:])]
     assert len(set(hashes)) == len(hashes)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from featcache.config import run_job
+from featcache.config import run_job, until_unread
 
 
 class Job(NamedTuple):
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a job; exit status as of `run_job`, 2 for an unknown job."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
-        print(_help())
+        with until_unread():
+            print(_help())
         sys.exit(0 if given else 2)
     if given[0] not in JOBS:
         print(f"error: unknown job {given[0]!r}; known: {', '.join(JOBS)}", file=sys.stderr)

@@ -8,13 +8,17 @@ import argparse
 import difflib
 import importlib
 import json
+import os
 import pkgutil
 import re
+import select
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, NoReturn, Self, TextIO, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -145,22 +149,67 @@ def union_of(members: Mapping[str, type[Config]], default: str | None = None) ->
 
 
 def run_job(config_class: type[T], run: Callable[[T], object]) -> NoReturn:
-    """Runs a job from the command line; exit status 0 done, 1 bad input, 2 bad option, 130 ^C."""
+    """Runs a job from the command line and ends the process.
+
+    Exit status 0 done, 1 bad input, 2 bad option, 130 ^C, 141 nobody reads its output any more.
+    """
+    with until_unread():
+        try:
+            run(config_class.from_command_line())
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {_file_problem(error)}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted: what is written stays; the same command resumes", file=sys.stderr)
+            sys.exit(130)
+        sys.exit(0)
+
+
+@contextmanager
+def until_unread() -> Iterator[None]:
+    """Ends the process quietly once nobody reads its output, as in `featcache info | head`.
+
+    Raises:
+        SystemExit: with status 141, which other tools have then.
+    """
     try:
-        run(config_class.from_command_line())
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        if error.filename is None:
+        try:
+            yield
+        except SystemExit:  # --help ends so
+            _flush()
             raise
-        print(f"error: {_file_problem(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: what is written stays; the same command resumes", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        _flush()
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            raise  # somebody else's pipe
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in unread:  # Python writes the rest at exit, and would complain
+            os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # there is none if it was closed from the start
+        sys.stdout.flush()
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    """Whether a stream goes into a pipe whose other end is closed."""
+    poll = select.poll()
+    try:
+        if stream is not None:
+            poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # not a file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _refuse_url(name: str, field: FieldInfo, value: Any) -> None:

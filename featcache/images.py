@@ -27,12 +27,10 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-import torchvision.transforms.functional as tvf
 import xxhash
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import InterpolationMode
 
 from featcache.backbones.base import PixelSpec
 
@@ -224,6 +222,13 @@ def _decode_jpeg(data: bytes, height: int, width: int, factor: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
+def _torchvision() -> Any:
+    """Its functions on images; imported late, because that takes longer than all else here."""
+    import torchvision.transforms.functional as tvf
+
+    return tvf
+
+
 def _resize_and_crop(
     image: Tensor, plan: _Plan, spec: PixelSpec, factor: int = 1
 ) -> npt.NDArray[np.uint8]:
@@ -247,10 +252,11 @@ def _filter(spec: PixelSpec) -> str:
 
 def _center(image: Any, spec: PixelSpec) -> Any:
     """Centre crop, or padding of the mode `longest`, of a tensor or a Pillow image."""
-    _, height, width = tvf.get_dimensions(image)
+    height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
     rows, columns = spec.size
     if (height, width) == (rows, columns):
         return image
+    tvf = _torchvision()
     if spec.resize_mode == "longest":
         extra_rows, extra_columns = rows - height, columns - width
         left, top = extra_columns // 2, extra_rows // 2
@@ -309,9 +315,12 @@ def _rgb(image: Image.Image, spec: PixelSpec) -> Image.Image:
 
 
 def _pil_resized(image: Image.Image, plan: _Plan, spec: PixelSpec) -> Image.Image:
+    tvf = _torchvision()
     if plan.box is not None:
         image = tvf.crop(image, *plan.box)
-    result: Image.Image = tvf.resize(image, list(plan.resized), InterpolationMode(_filter(spec)))
+    result: Image.Image = tvf.resize(
+        image, list(plan.resized), tvf.InterpolationMode(_filter(spec))
+    )
     return tvf.hflip(result) if plan.flip else result
 
 
@@ -339,6 +348,7 @@ def _reference_views(
         if spec.crop_pct == 1:
             return transform(view)
         # The transform would enlarge it and cut the centre out once more.
+        tvf = _torchvision()
         pixels: Tensor = tvf.normalize(tvf.to_tensor(view.convert("RGB")), spec.mean, spec.std)
         return pixels
 

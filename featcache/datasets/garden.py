@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from featcache.datasets.base import DatasetConfig
@@ -197,7 +198,8 @@ def _draw_images(folder: Path, job: dict[str, Any], num_workers: int) -> None:
     total = len(job["species"])
     num_workers = 1 if total <= _ALONE else min(num_workers, total)
     columns = ("drawing the garden", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=total <= _ALONE) as progress:
+    shown = Console(stderr=True)  # standard output may be a result
+    with Progress(*columns, console=shown, disable=total <= _ALONE) as progress:
         bar = progress.add_task("images", total=total)
         if num_workers == 1:
             for done in draw_rows(job, folder, 0, 1):

@@ -1,5 +1,8 @@
 """Command line, YAML and records of the typed configurations."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -264,6 +267,63 @@ def test_a_configuration_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "shard.tar").write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
         Job.from_yaml(tmp_path / "shard.tar")
+
+
+_UNREAD = """
+import sys
+from featcache.config import Config, run_job
+class Job(Config):
+    lines: int = 0
+    to: str = "stdout"
+def run(job):
+    for number in range(job.lines):
+        print(number, file=getattr(sys, job.to))
+run_job(Job, run)
+"""
+
+
+def buffered() -> dict[str, str]:
+    """The environment in which Python writes to a pipe as usual, in blocks."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("arguments", [["--lines", "3"], ["--lines", "99999"], ["--help"]])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_reads_ends_a_job_quietly(arguments: list[str], stream: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        other = "stderr" if stream == "stdout" else "stdout"
+        streams: Any = {stream: writing, other: subprocess.PIPE}
+        given = arguments if "--help" in arguments else [*arguments, "--to", stream]
+        command = [sys.executable, "-c", _UNREAD, *given]
+        ended = subprocess.run(command, check=False, env=buffered(), **streams)
+    finally:
+        os.close(writing)
+    if "--help" in arguments and stream == "stderr":
+        assert ended.returncode == 0
+        assert b"--lines" in ended.stdout
+        return
+    assert ended.returncode == 141
+    assert (ended.stdout or b"", ended.stderr or b"") == (b"", b"")
+
+
+def test_a_job_without_standard_output_runs(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(_UNREAD, encoding="utf-8")
+    command = f'"{sys.executable}" "{script}" --lines 3 >&-'
+    ended = subprocess.run(command, shell=True, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["job", "--cache", "x"])
+
+    def body(job: Job) -> None:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        run_job(Job, body)
 
 
 def test_two_files_with_one_kind_are_refused(

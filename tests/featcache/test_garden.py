@@ -74,6 +74,16 @@ def test_images_do_not_depend_on_the_number_of_processes(
     assert alone.identity == together.identity
 
 
+def test_progress_is_not_written_where_results_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(garden_module, "_ALONE", 10)
+    tiny(tmp_path, num_workers=1).open()
+    shown = capfd.readouterr()
+    assert "drawing the garden" in shown.err
+    assert shown.out == ""
+
+
 def test_another_run_reuses_and_other_options_get_another_folder(tmp_path: Path) -> None:
     first = tiny(tmp_path).open()
     stamps = [(first.root / path).stat().st_mtime_ns for path in first.paths]

@@ -1,6 +1,7 @@
 """The one command for all jobs."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,27 @@ def test_help_lists_the_jobs_and_imports_none_of_them():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_help_that_nobody_reads_to_its_end():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "featcache", "--help"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_the_help_of_extraction_imports_no_library_that_it_does_not_need():
+    code = """
+import sys, featcache.extract
+print(*sorted(name for name in sys.modules if "." not in name))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = "torchvision scipy sklearn open_clip timm transformers matplotlib dask obstore sympy"
+    assert not set(heavy.split()) & set(result.stdout.split())
 
 
 def test_help_and_unknown_jobs(capsys):

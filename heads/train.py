@@ -183,7 +183,8 @@ def run(config: TrainConfig) -> TrainReport:
         chosen = config.head.only(best.candidate)
         final = chosen.build(spec).to(device).eval()
         final.load_trained_state({name: t.to(device) for name, t in best.state.items()})
-        run_folder.write_json(folder / "head.json", record | {"config": chosen.record()})
+        record |= {"config": chosen.record()} | _keep_prompts(folder, chosen, spec, cache)
+        run_folder.write_json(folder / "head.json", record)
         run_folder.write_tensors(folder / "head.safetensors", best.state)
         values: dict[str, Any] = {
             "metric": main_metric(cache.task),
@@ -400,6 +401,18 @@ def _epoch_means(losses: Mapping[str, list[Tensor]], step: int) -> dict[str, flo
             "optim.lr or set optim.clip_norm"
         )
     return {name: float(values.mean()) for name, values in columns.items()}
+
+
+def _keep_prompts(
+    folder: Path, chosen: HeadConfig, spec: FeatureSpec, cache: Cache
+) -> dict[str, list[str]]:
+    """Writes the class text features of the chosen head's templates alone; returns their record."""
+    kept = run_folder.template_list(cache, chosen)
+    if spec.prompts is None or kept == list(spec.templates):
+        return {}
+    prompts = spec.prompts[[list(spec.templates).index(template) for template in kept]]
+    run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": prompts.contiguous()})
+    return {"templates": kept}
 
 
 def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:

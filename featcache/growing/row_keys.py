@@ -156,7 +156,8 @@ def _column_hashes(column: pa.Array | pa.ChunkedArray, seed: int = 0) -> Keys:
     for chunk in chunks:
         if not len(chunk):
             continue
-        _, starts, data = chunk.cast(pa.large_string()).buffers()
+        chunk = chunk.cast(pa.large_string())  # its rows begin elsewhere if that made a copy
+        _, starts, data = chunk.buffers()
         offsets = np.frombuffer(starts, np.int64)[chunk.offset :][: len(chunk) + 1].tolist()
         view = memoryview(data or b"")
         digest = xxhash.xxh3_64_intdigest

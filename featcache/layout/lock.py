@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -58,10 +58,15 @@ def writer_lock(path: Where) -> Iterator[None]:
 
 def sweep(path: Path) -> None:
     """Deletes the half-written files of a killed writer; only for who holds the lock."""
-    for stale in path.rglob(f"*{PARTIAL}"):
-        stale.unlink(missing_ok=True)
-    for stale in path.parent.glob(f"{glob.escape(path.name)}{PARTIAL}-*"):
-        shutil.rmtree(stale)
+    # What vanishes meanwhile or cannot be deleted is in nobody's way: a network file system keeps
+    # files that somebody has open, under another name, and with them their folder.
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if name.endswith(PARTIAL):
+                with suppress(OSError):
+                    Path(folder, name).unlink()
+    for doomed in path.parent.glob(f"{glob.escape(path.name)}{PARTIAL}-*"):
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _lock_file(path: Path) -> Path:

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from featcache.image_bytes import read_bytes, stamp, tar_member_path
 
@@ -46,6 +47,30 @@ def test_what_cannot_be_read_has_a_short_reason(tmp_path: Path) -> None:
     os.truncate(tmp_path / "some.tar", 700)
     with pytest.raises(ValueError, match=r"^the tar ends before this member does$"):
         read_bytes(tmp_path, path)
+
+
+def test_the_stamp_of_a_file_is_the_hash_of_its_size_and_time(tmp_path: Path) -> None:
+    names = ["a.jpg", "a b/c@2.jpg", "x.tar@1/y.jpg", "some.arrow@z/image"]
+    for number, name in enumerate(names):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * number)
+        status = file.stat()
+        expected = xxhash.xxh3_64_intdigest(f"{status.st_size} {status.st_mtime_ns}".encode())
+        for root, path in ((tmp_path, name), (str(tmp_path), name), ("elsewhere", str(file))):
+            assert stamp(root, path) == expected
+    assert stamp(tmp_path, "a.jpg/b.jpg") == 0
+
+
+def test_stamping_a_file_makes_no_path_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take more time than everything else of it."""
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    expected = stamp(tmp_path, "a.jpg")
+    monkeypatch.setattr("featcache.image_bytes.Path", None)
+    monkeypatch.setattr("featcache.image_bytes.CONTAINERS", None)
+    assert stamp(tmp_path, "a.jpg") == expected != 0
 
 
 def test_stamps_change_with_the_file_and_differ_inside_a_tar(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from featcache.extract_config import ShardReport
 from featcache.identity import (
     BackboneIdentity,
     FeatureIdentity,
@@ -91,7 +92,12 @@ def write_cache(
     store.write_chunks("rows/valid", 0, valid)
     store.write_chunks("rows/content", 0, np.arange(num_rows, dtype=np.uint64))
     store.write_chunks("rows/stamp", 0, np.zeros(num_rows, np.uint64))
-    store.mark_done(Shard("image", 0, 0, num_rows), {})
+    unreadable = [
+        {"row": row, "id": f"r{row}", "path": f"{row}.jpg", "reason": "missing"}
+        for row in sorted(invalid)
+    ]
+    report = ShardReport(rows=num_rows, invalid=unreadable, seconds=0.1, per_second={})
+    store.mark_done(Shard("image", 0, 0, num_rows), report.record())
     store.finish({})
     return path
 

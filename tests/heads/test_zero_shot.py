@@ -16,7 +16,7 @@ from featcache.reader import open_cache
 from heads import train
 from heads.base import FeatureSpec
 from heads.models.zero_shot import ZeroShot, ZeroShotConfig, ensemble
-from heads.run_folder import load_run
+from heads.run_folder import load_run, read_tensors
 
 
 def spec(prompts: torch.Tensor | None, task: str = "single_label", dim: int = 8) -> FeatureSpec:
@@ -187,7 +187,10 @@ def test_validation_picks_the_template(
     assert report.score == good.score
     loaded = load_run(report.run)
     assert loaded.config.templates == [GOOD]
-    assert loaded.record["templates"] == [GOOD, BAD]
+    assert loaded.record["templates"] == [GOOD], "the folder keeps what the head needs"
+    kept = read_tensors(report.run / "prompts.safetensors").tensors["prompts"]
+    assert len(kept) == 1
+    assert len(read_tensors(good.run / "prompts.safetensors").tensors["prompts"]) == 2
     torch.testing.assert_close(loaded.head.vectors, load_run(good.run).head.vectors)
 
 

@@ -128,6 +128,8 @@ class Extraction:
                 kept.
         """
         began = time.perf_counter()
+        with self._lock:
+            self.store.mark_pending(shard)
         run = self._extract_images if shard.kind == "image" else self._extract_text
         timings, invalid = run(shard)
         timings.seconds = time.perf_counter() - began

@@ -293,6 +293,22 @@ class Store:
             self.mirror.flush()
             self.mirror.forget()
 
+    def mark_pending(self, shard: Shard) -> None:
+        """Takes a shard off the done-list before it is written again.
+
+        Until `finish`, the cache counts as incomplete. Otherwise a row that could be read before
+        and cannot any more would, after a kill, be valid and hold no features.
+        """
+        assert self.writable, f"{self.path} is open for reading"
+        files = self.files(f"shards/{shard.kind}")
+        if not files.present([shard.index]):
+            return
+        if self.complete:
+            self.update_attributes(complete=False)
+        locate(self.path).delete(files.key(shard.index))
+        if self.mirror is None:
+            sync_folder(files.file(shard.index).parent)
+
     def reports(self, kind: ShardKind) -> dict[int, dict[str, Any]]:
         """Reports of the shards that are done, by index.
 

@@ -321,6 +321,31 @@ def test_retry_invalid_redoes_only_the_shards_with_unreadable_images(make, image
     assert run(again).num_extracted == 0
 
 
+def test_a_killed_retry_leaves_no_valid_row_without_features(make, image_folder, monkeypatch):
+    (image_folder / "train/cat/00.jpg").write_bytes(b"no image")
+    config = make(shard_rows=4, max_invalid=0.2)
+    run(config)
+    (image_folder / "train/cat/02.jpg").write_bytes(b"not any more")  # of the same shard
+    write = Store.write_chunks
+
+    def cut(self, name, start_row, data):
+        if name == "rows/valid":
+            raise KeyboardInterrupt
+        write(self, name, start_row, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_chunks", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(make(shard_rows=4, max_invalid=0.2, retry_invalid=True))
+    with pytest.raises(CacheError, match="1 of 4 shards are missing"):
+        open_cache(config.cache)
+    report = run(config)
+    assert (report.num_extracted, report.num_invalid) == (4, 2)
+    cache = open_cache(config.cache)
+    without = np.isnan(cache.array("image/projected").read()).any(axis=1)
+    assert np.array_equal(cache.valid, ~without)
+
+
 def test_repair_extracts_damaged_shards_again(make, capsys):
     config = make(shard_rows=4)
     run(config)

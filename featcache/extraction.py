@@ -200,6 +200,8 @@ class Extraction:
         return 0
 
     def _find_pending(self) -> list[Shard]:
+        if self.config.repair:
+            self._drop_damaged_reports()
         pending = self.store.pending()
         if self.config.retry_invalid:
             reports = self.store.reports("image")
@@ -214,6 +216,14 @@ class Extraction:
                 print(f"damaged: {', '.join(shard.key for shard in damaged)}; extracted again")
             pending += damaged
         return sorted(set(pending), key=lambda shard: (shard.kind, shard.index))
+
+    def _drop_damaged_reports(self) -> None:
+        """Takes shards off the done-list whose entry cannot be read."""
+        for shard in self.store.shards():
+            files = self.store.files(f"shards/{shard.kind}")
+            if files.present([shard.index]) and files.kept_problem(shard.index):
+                print(f"damaged: the report of {shard.key}; extracted again")
+                self.store.mark_pending(shard)
 
     def _is_damaged(self, shard: Shard) -> bool:
         for name in self.store.attributes["arrays"][shard.kind]:

@@ -22,7 +22,7 @@ from featcache.errors import (
 from featcache.extract import ExtractConfig, plan, run
 from featcache.extraction import Extraction
 from featcache.reader import open_cache
-from featcache.store import Store
+from featcache.store import Store, verify
 
 
 @pytest.fixture
@@ -355,9 +355,14 @@ def test_repair_extracts_damaged_shards_again(make, capsys):
     damaged[5] ^= 1
     first.write_bytes(damaged)
     second.unlink()
+    listed = config.cache / "shards/image/c/3"
+    listed.write_bytes(listed.read_bytes()[:-1] + b"?")
     report = run(make(shard_rows=4, repair=True))
-    assert "damaged: image/00001, image/00002" in capsys.readouterr().out
-    assert report.num_extracted == 8
+    out = capsys.readouterr().out
+    assert "damaged: image/00001, image/00002" in out
+    assert "damaged: the report of image/00003" in out
+    assert report.num_extracted == 10
+    assert verify(config.cache) == []
     assert array_bytes(config.cache) == before
 
 

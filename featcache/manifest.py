@@ -80,22 +80,18 @@ class Manifest:
             DatasetError: empty set, duplicate id or class name, label out of range, or more than
                 one label in a single-label set.
         """
-        ids = pa.array(ids, pa.large_string())
-        if len(ids) == 0:
+        try:
+            rows = _rows(ids, paths, splits, labels, captions)
+        except UnicodeEncodeError as error:
+            shown = error.object.encode(errors="replace").decode()
+            raise DatasetError(
+                f"{root}: the {kind} dataset holds text that is not Unicode, {shown[:80]!r}; "
+                "rename the file, or mend the text"
+            ) from None
+        if len(rows) == 0:
             raise DatasetError(
                 f"{root}: the {kind} dataset has no rows; check the path and options"
             )
-        empty = pa.array([[]] * len(ids), ROW_SCHEMA.field("captions").type)
-        rows = pa.table(
-            [
-                ids,
-                pa.array(paths, pa.large_string()),
-                pa.array(splits, pa.large_string()),
-                pa.array(labels, ROW_SCHEMA.field("labels").type),
-                empty if captions is None else pa.array(captions, empty.type),
-            ],
-            schema=ROW_SCHEMA,
-        )
         _check_unique(rows.column("id"), f"{root}: id")
         names = classes["name"].astype(str)
         if names.duplicated().any():
@@ -270,6 +266,19 @@ def _check_unique(column: pa.ChunkedArray, what: str) -> None:
         f"{what} {repeated['values'].as_py()!r} occurs {repeated['counts'].as_py()} times; "
         "ids must be unique"
     )
+
+
+def _rows(
+    ids: Sequence[str] | pa.Array,
+    paths: Sequence[str] | pa.Array,
+    splits: Sequence[str] | pa.Array,
+    labels: Sequence[Sequence[int]] | pa.Array,
+    captions: Sequence[Sequence[str]] | pa.Array | None,
+) -> pa.Table:
+    """The rows as Arrow; see `Manifest.build`."""
+    values = [ids, paths, splits, labels, [[]] * len(ids) if captions is None else captions]
+    columns = [pa.array(one, field.type) for one, field in zip(values, ROW_SCHEMA, strict=True)]
+    return pa.table(columns, schema=ROW_SCHEMA)
 
 
 def _check_labels(rows: pa.Table, num_classes: int, task: Task, root: str) -> None:

@@ -42,8 +42,9 @@ def read_split_json(file: Path) -> SplitFile:
         parts = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file}: not JSON ({error})") from None
-    if not isinstance(parts, dict) or not {"train", "test"} <= set(parts):
-        raise DatasetError(f"{file}: expected an object with train, val and test")
+    found = isinstance(parts, dict) and {"train", "test"} <= set(parts)
+    if not found or not all(isinstance(parts.get(s, []), list) for s in ("train", "val", "test")):
+        raise DatasetError(f"{file}: expected an object with lists train, val and test")
     rows: list[tuple[str, str, int, str]] = []
     for split in ("train", "val", "test"):
         for number, entry in enumerate(parts.get(split, [])):

@@ -35,6 +35,8 @@ _SCHEMA = pa.schema(
 _SUMMARY = b"featcache"
 _VERSION = 1
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_MAX_DIGITS = 18
+"""Digits of a label that is a number."""
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -194,7 +196,11 @@ def _samples_table(tar: TarFile, key: str, rule: SampleRule) -> tuple[pa.Table, 
         columns["path"].append(tar_member_path(key, image.offset, image.size, image.name))
         columns["labels"].append(_labels(tar, name, labels))
         columns["captions"].append(_captions(captions))
-    arrays = [pa.array(columns[field.name], field.type) for field in _SCHEMA]
+    try:
+        arrays = [pa.array(columns[field.name], field.type) for field in _SCHEMA]
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        shown = error.object.encode(errors="replace").decode()
+        tar.fail(f"holds text that is not Unicode, {shown[:80]!r}; write it anew")
     return pa.table(arrays, schema=_SCHEMA), lists
 
 
@@ -237,7 +243,7 @@ def _values(tar: TarFile, sample: str, source: str, texts: Mapping[str, str]) ->
         return text
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         tar.fail(f"sample {sample}: its json cannot be read ({error}); write it anew")
     for part in source.removeprefix("json:").split("."):
         if value is None:
@@ -259,7 +265,10 @@ def _labels(tar: TarFile, sample: str, value: Any) -> list[str]:
             )
         text = "" if each is None else " ".join(str(each).split())
         if text:
-            found.append(str(int(text)) if text.isascii() and text.isdecimal() else text)
+            number = text.isascii() and text.isdecimal()
+            found.append((text.lstrip("0") or "0") if number else text)
+            if number and len(found[-1]) > _MAX_DIGITS:
+                tar.fail(f"sample {sample}: label {text[:20]}… has {len(text)} digits; is it one?")
     if len(set(found)) < len(found):
         tar.fail(f"sample {sample}: a label occurs twice in {found}; expected each once")
     return found

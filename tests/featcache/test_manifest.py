@@ -77,6 +77,19 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"paths": ["e.jpg", "d.jpg", "c.jpg", "b.jpg", "\udcff.jpg"]},  # a name that is not UTF-8
+        {"captions": [["one"], [], ["half a pair \ud800"], [], []]},
+    ],
+)
+def test_text_that_cannot_be_written_is_one_line(changes: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match=r"holds text that is not Unicode, '.*\?") as error:
+        build(**changes)
+    str(error.value).encode()
+
+
 def test_several_labels_are_legal_in_a_multi_label_set() -> None:
     manifest = build(labels=[[0], [1], [0, 1], [], [1, 2]], task="multi_label")
     assert manifest.classes["count"].tolist() == [0, 2, 1]

@@ -131,6 +131,9 @@ def test_mistakes(root: Path, name: str, values: dict[str, list[int]], message: 
 
 
 def test_files_that_are_not_there_or_broken(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text('{"train": 5, "test": []}')
+    with pytest.raises(DatasetError, match="expected an object with lists train, val and test"):
+        Flowers102Config(root=root, split="few_shot", few_shot_json=tmp_path / "odd.json").open()
     with pytest.raises(DatasetError, match=r"split_zhou_OxfordFlowers\.json: no such file"):
         Flowers102Config(root=root, split="few_shot").open()
     labels = root / "flowers-102" / "imagelabels.mat"

@@ -250,6 +250,9 @@ def test_a_field_that_no_sample_has_is_named(tmp_path: Path, opened: Open) -> No
         ({"a.jpg": b"1", "a.json": "[1]"}, "sample a: its json has no field l"),
         ({"a.jpg": b"1", "a.json": '{"l": 1.5}'}, "sample a: label 1.5 is no number and no name"),
         ({"a.jpg": b"1", "a.json": '{"l": [1, "1"]}'}, "sample a: a label occurs twice"),
+        ({"a.jpg": b"1", "a.json": "[" * 100_000}, "sample a: its json cannot be read"),
+        ({"a.jpg": b"1", "a.json": '{"l": "\\ud800"}'}, "holds text that is not Unicode, '?'"),
+        ({"a.jpg": b"1", "a.cls": "7" * 5000}, "label 77777777777777777777… has 5000 digits"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -61,13 +61,16 @@ class Mirror:
         folder: the files here: a cache in itself, as far as it has been fetched.
     """
 
-    def __init__(self, origin: Location, fingerprint: str, root: Entry | None = None) -> None:
+    def __init__(
+        self, origin: Location, fingerprint: str, root: Entry | None = None, state: int = 0
+    ) -> None:
         """Names the folder; nothing is read or made.
 
         Args:
             origin: the cache's folder in the store.
             fingerprint: what the cache holds.
             root: version of the root metadata that say so.
+            state: how many updates the cache had then.
         """
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         place = xxhash.xxh3_64_hexdigest(f"{endpoint} {origin.url}".encode())
@@ -76,6 +79,7 @@ class Mirror:
         self.folder = mirror_root() / f"{origin.url.name}-{place}" / fingerprint
         self._uploads: Any = None
         self._root = root
+        self._state = state
         self._here: set[str] = set()
         self._put: set[str] = set()
 
@@ -232,10 +236,11 @@ class Mirror:
             return
         try:
             document = unsealed(self.origin.read("zarr.json"), "", self.where("zarr.json"))
-            found = document["attributes"]["featcache"]["fingerprint"]
+            attributes = document["attributes"]["featcache"]
+            found = attributes["fingerprint"], attributes.get("state", 0)
         except FileNotFoundError:
             found = None
-        if found != self.fingerprint:
+        if found != (self.fingerprint, self._state):
             raise CacheError(f"{self.origin.url}: updated while open; open it again")
         self._root = root
 

@@ -141,7 +141,8 @@ class Store:
         if isinstance(path, StoreUrl):
             raw, root = read_root(path)
             attributes = checked_attributes(raw, str(path))
-            mirror = Mirror(locate(path), attributes["fingerprint"], root)
+            state = attributes.get("state", 0)
+            mirror = Mirror(locate(path), attributes["fingerprint"], root, state)
             mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
         mark = root_mark(path)  # first: whoever takes the cache's place later is noticed

@@ -143,6 +143,7 @@ def begin(
             **plan.attributes,
             **{name: old.attributes[name] for name in _MEASURED if name in old.attributes},
             swap.UPDATES: old.attributes["fingerprint"],
+            swap.STATE: old.attributes.get(swap.STATE, 0) + 1,
             "history": history(old, changes, plan.identity.fingerprint()),
         }
         linked = _linked_bytes(plan, found.images, "image/", donors)

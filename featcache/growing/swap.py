@@ -27,6 +27,9 @@ _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 UPDATES = "updates"
 """Attribute of a cache that was built to replace another: that one's fingerprint."""
+STATE = "state"
+"""Attribute of such a cache: how many updates it has behind it. After a recheck, which keeps the
+fingerprint, it tells the new files from the old ones."""
 
 
 def next_path(path: Path | StoreUrl) -> Path | StoreUrl:

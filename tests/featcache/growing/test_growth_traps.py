@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from featcache.errors import CacheError
 from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
 from featcache.storage import locate
@@ -96,3 +97,19 @@ def test_half_an_array_of_class_text_in_a_store_does_not_stop_an_update(
     (image_folder / "train/cat/zz.jpg").write_bytes(make_jpeg(40, 40, 1))
     assert run(config).num_extracted == 1
     assert verify(config.cache) == []
+
+
+def test_an_open_cache_in_a_store_does_not_mix_images_of_before_and_after_a_recheck(
+    make, bucket, image_folder, make_jpeg
+):
+    config = make(f"{bucket}/birds", features={"pooled": True})
+    run(config)
+    for seed in (1, 2):
+        cache = open_cache(config.cache)
+        cache.array("image/projected").read()
+        (image_folder / "train/cat/00.jpg").write_bytes(make_jpeg(50, 50, seed))
+        again = make(f"{bucket}/birds", features={"pooled": True}, recheck=True)
+        assert run(again).num_extracted == 1
+        with pytest.raises(CacheError, match="updated while open"):
+            cache.array("image/pooled")
+        assert open_cache(config.cache).fingerprint == cache.fingerprint

@@ -40,7 +40,8 @@ def class_text_features(
 
     Raises:
         ConfigError: if a template names an unknown field.
-        CacheMismatchError: if the opened backbone is not the one that wrote the cache.
+        CacheMismatchError: if the opened backbone is not the one that wrote the cache, or computes
+            in another precision: what is kept here stands beside features of the cache's own.
         BackboneError: if the backbone has no text tower.
     """
     prompts = format_prompts(cache.classes, templates)
@@ -55,6 +56,13 @@ def class_text_features(
     if missing:
         backbone = open_backbone()
         require_backbone(cache, backbone)
+        if backbone.precision != cache.identity.precision:
+            raise CacheMismatchError(
+                f"{cache.path}: precision differs: the cache was written in "
+                f"{cache.identity.precision}, the opened backbone computes in "
+                f"{backbone.precision}; open it in {cache.identity.precision}, so that class text "
+                "and images compare"
+            )
         encoded = _encode(backbone, [texts for _, texts in missing.values()])
         features |= dict(zip(missing, encoded, strict=True))
         if cache.store.may_add_arrays():

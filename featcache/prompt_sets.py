@@ -188,9 +188,9 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
         "a photo of the {name} object.",
     ),
     "eurosat": (
-        "a centered satellite photo of {name}.",
-        "a centered satellite photo of a {name}.",
-        "a centered satellite photo of the {name}.",
+        "a centered satellite photo of {readable_name}.",
+        "a centered satellite photo of a {readable_name}.",
+        "a centered satellite photo of the {readable_name}.",
     ),
     "fgvc_aircraft": (
         "a photo of a {name}, a type of aircraft.",
@@ -211,7 +211,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
         "a photo of my old {name}.",
     ),
     "stl10": ("a photo of a {name}.", "a photo of the {name}."),
-    "sun397": ("a photo of a {name}.", "a photo of the {name}."),
+    "sun397": ("a photo of a {readable_name}.", "a photo of the {readable_name}."),
     "traffic_signs": (
         'a zoomed in photo of a "{name}" traffic sign.',
         'a centered photo of a "{name}" traffic sign.',

@@ -7,6 +7,7 @@ Fields that fall back, first non-empty wins:
     {scientific_name}  scientific_name, species, name
     {species}          common_name, species, scientific_name, name
     {full_name}        full_name, name
+    {readable_name}    readable_name, name
 
 `{species}` prefers the common name, so that it never repeats `{scientific_name}` when both exist.
 Any other field is the class table's column of that name. A missing value formats to "". A field
@@ -86,6 +87,7 @@ FALLBACKS: dict[str, tuple[str, ...]] = {
     "scientific_name": ("scientific_name", "species", "name"),
     "species": ("common_name", "species", "scientific_name", "name"),
     "full_name": ("full_name", "name"),
+    "readable_name": ("readable_name", "name"),
 }
 """Columns that a field is looked up in, in this order."""
 

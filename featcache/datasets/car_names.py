@@ -1,4 +1,7 @@
-"""Make, model, type and year out of names such as "AM General Hummer SUV 2000"."""
+"""Make, model, type and year out of names such as "AM General Hummer SUV 2000".
+
+Few-shot split files put the year first: "2000 AM General Hummer SUV".
+"""
 
 from collections.abc import Sequence
 
@@ -42,7 +45,8 @@ def car_metadata(names: Sequence[str]) -> dict[str, list[str]]:
 
 def _parts(name: str) -> tuple[str, str, str, str, str]:
     words = name.split()
-    year = words.pop() if words and len(words[-1]) == 4 and words[-1].isdigit() else ""
+    end = next((end for end in (-1, 0) if words and _is_year(words[end])), None)
+    year = "" if end is None else words.pop(end)
     rest = " ".join(words)
     make = next((two for two in MAKES if rest.startswith(two + " ")), words[0] if words else "")
     rest = rest.removeprefix(make).strip()
@@ -50,3 +54,7 @@ def _parts(name: str) -> tuple[str, str, str, str, str]:
     model = rest.removesuffix(body).strip()
     category = "pickup" if body.endswith("Cab") else body.lower() if body != "SUV" else body
     return make, model or rest, body, category, year
+
+
+def _is_year(word: str) -> bool:
+    return len(word) == 4 and word.isdigit()

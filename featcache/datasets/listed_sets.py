@@ -5,8 +5,8 @@ indices, splits and classes in the source's own order.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import pandas as pd
 from featcache.datasets.array_sets import base_folder
 from featcache.datasets.car_names import car_metadata
 from featcache.datasets.folder import entries, images_below
+from featcache.datasets.readable_names import eurosat_metadata, sun397_metadata
 from featcache.errors import DatasetError
 from featcache.formats.mat_file import read_mat
 
@@ -53,9 +54,42 @@ class ListedSet:
     classes: pd.DataFrame
 
 
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "food101": ("food-101",),
+    "oxford_pets": ("oxford-iiit-pet",),
+    "dtd": ("dtd/dtd", "dtd"),
+    "fgvc_aircraft": ("fgvc-aircraft-2013b/data", "data"),
+    "stanford_cars": ("stanford_cars",),
+    "eurosat": ("eurosat/2750", "2750"),
+    "caltech101": ("caltech101/101_ObjectCategories", "101_ObjectCategories"),
+    "sun397": ("SUN397",),
+    "ucf101": ("UCF-101-midframes", "ucf101", "UCF-101"),
+}
+"""Where a set's own folder may lie below the given one; the first that is there counts."""
+
+METADATA: dict[str, Callable[[Sequence[str]], dict[str, list[str]]]] = {
+    "stanford_cars": car_metadata,
+    "eurosat": eurosat_metadata,
+    "sun397": sun397_metadata,
+}
+"""What class names alone say of a set's classes, as columns."""
+
+
+def set_folder(root: Path, name: str) -> Path:
+    """The set's own folder, from which its paths start: below `root`, or `root` itself."""
+    return base_folder(root, *FOLDERS[name])
+
+
+def class_table(name: str, classes: Sequence[str]) -> pd.DataFrame:
+    """C rows in the given order, with the metadata that the names of this set carry."""
+    names = list(classes)
+    columns = METADATA[name](names) if name in METADATA else {"name": names}
+    return pd.DataFrame(columns, dtype=object)
+
+
 def read_food101(root: Path, variant: Variant) -> ListedSet:
     """`food-101/meta/train.json` {class: [class/number]}; class index = rank of the name."""
-    base = base_folder(root, "food-101")
+    base = set_folder(root, "food101")
     rows: list[tuple[str, str, str]] = []
     for split in ("train", "test"):
         file = base / "meta" / f"{split}.json"
@@ -73,7 +107,7 @@ def read_food101(root: Path, variant: Variant) -> ListedSet:
 
 def read_oxford_pets(root: Path, variant: Variant) -> ListedSet:
     """`oxford-iiit-pet/annotations/trainval.txt`: `Abyssinian_100 1 1 1`; index = number - 1."""
-    base = base_folder(root, "oxford-iiit-pet")
+    base = set_folder(root, "oxford_pets")
     names: dict[int, str] = {}
     paths, labels, splits = [], [], []
     for split, file in (("train", "trainval.txt"), ("test", "test.txt")):
@@ -96,7 +130,7 @@ def read_oxford_pets(root: Path, variant: Variant) -> ListedSet:
 
 def read_dtd(root: Path, variant: Variant) -> ListedSet:
     """`dtd/dtd/labels/train1.txt`: `banded/banded_0002.jpg`; class index = rank of the name."""
-    base = base_folder(root, "dtd/dtd", "dtd")
+    base = set_folder(root, "dtd")
     number = 1 if variant.partition is None else variant.partition
     rows = []
     for split in ("train", "val", "test"):
@@ -110,7 +144,7 @@ def read_dtd(root: Path, variant: Variant) -> ListedSet:
 
 def read_fgvc_aircraft(root: Path, variant: Variant) -> ListedSet:
     """`fgvc-aircraft-2013b/data/images_variant_train.txt`; index = line of variants.txt."""
-    base = base_folder(root, "fgvc-aircraft-2013b/data", "data")
+    base = set_folder(root, "fgvc_aircraft")
     plural = {"variant": "variants", "family": "families", "manufacturer": "manufacturers"}
     names = [line for _, line in _lines(base / f"{plural[variant.level]}.txt")]
     index = {name: number for number, name in enumerate(names)}
@@ -128,7 +162,7 @@ def read_fgvc_aircraft(root: Path, variant: Variant) -> ListedSet:
 
 def read_stanford_cars(root: Path, variant: Variant) -> ListedSet:
     """`stanford_cars/devkit/cars_meta.mat`, `cars_train_annos.mat`; index = class - 1."""
-    base = base_folder(root, "stanford_cars")
+    base = set_folder(root, "stanford_cars")
     (names,) = read_mat(base / "devkit/cars_meta.mat", ["class_names"])
     names = [str(name) for name in np.atleast_1d(names)]
     paths, labels, splits = [], [], []
@@ -149,27 +183,27 @@ def read_stanford_cars(root: Path, variant: Variant) -> ListedSet:
         raise DatasetError(
             f"{base}: classes {min(labels) + 1} to {max(labels) + 1}, {len(names)} names"
         )
-    return ListedSet(base, paths, labels, splits, pd.DataFrame(car_metadata(names), dtype=object))
+    return ListedSet(base, paths, labels, splits, class_table("stanford_cars", names))
 
 
 def read_eurosat(root: Path, variant: Variant) -> ListedSet:
     """`eurosat/2750/AnnualCrop/….jpg`; class index = rank of the name; no split of its own."""
-    return _tree(base_folder(root, "eurosat/2750", "2750"))
+    found = _tree(set_folder(root, "eurosat"))
+    return replace(found, classes=class_table("eurosat", found.classes["name"]))
 
 
 def read_caltech101(root: Path, variant: Variant) -> ListedSet:
     """`caltech101/101_ObjectCategories/…` without BACKGROUND_Google; no split of its own."""
-    base = base_folder(root, "caltech101/101_ObjectCategories", "101_ObjectCategories")
-    return _tree(base, without=("BACKGROUND_Google",))
+    return _tree(set_folder(root, "caltech101"), without=("BACKGROUND_Google",))
 
 
 def read_sun397(root: Path, variant: Variant) -> ListedSet:
     """`SUN397/ClassName.txt`: `/a/abbey`; index = its line; partitions Training_01.txt if asked."""
-    base = base_folder(root, "SUN397")
+    base = set_folder(root, "sun397")
     folders = [line.strip("/") for _, line in _lines(base / "ClassName.txt")]
     names = [folder.partition("/")[2] for folder in folders]
     index = {folder: number for number, folder in enumerate(folders)}
-    classes = pd.DataFrame({"name": names}, dtype=object)
+    classes = class_table("sun397", names)
     paths, labels, splits = [], [], []
     if variant.partition is None:
         for folder in folders:
@@ -198,7 +232,7 @@ def read_ucf101(root: Path, variant: Variant) -> ListedSet:
     Class index = number in classInd.txt - 1; a frame has its video's name. Class folders are named
     as in the lists (ApplyEyeMakeup) or with underscores between the words.
     """
-    base = base_folder(root, "UCF-101-midframes", "ucf101", "UCF-101")
+    base = set_folder(root, "ucf101")
     lists = base_folder(root, "ucfTrainTestlist", "UCF-101-midframes/ucfTrainTestlist")
     number = 1 if variant.partition is None else variant.partition
     names: list[str] = []

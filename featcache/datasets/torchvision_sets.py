@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import Field, model_validator
 
 from featcache.datasets.array_sets import ARRAY_SETS
 from featcache.datasets.folder import FolderConfig
 from featcache.datasets.label_lists import one_or_none
-from featcache.datasets.listed_sets import IMAGE_FOLDERS, LISTED_SETS, ListedSet, Variant
+from featcache.datasets.listed_sets import (
+    IMAGE_FOLDERS,
+    LISTED_SETS,
+    ListedSet,
+    Variant,
+    class_table,
+    set_folder,
+)
 from featcache.datasets.png_files import write_png
 from featcache.datasets.split_json import SUFFIX, read_split_json
 from featcache.datasets.splitting import SplitConfig, carve
@@ -54,8 +60,8 @@ class TorchvisionConfig(SplitConfig):
     level: Literal["variant", "family", "manufacturer"] = "variant"
     """What a class of fgvc_aircraft is."""
     few_shot_json: Path | None = None
-    """Few-shot split file (split_zhou_….json) to use instead of the set's own split; the kind ends
-    in _few_shot then, since figures of the two do not compare."""
+    """Few-shot split file (split_zhou_….json) to use instead of the set's own lists, which are not
+    read; the kind ends in _few_shot then, since figures of the two do not compare."""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of every class's training images (of all images where the set has no split) that
     becomes `val`, 0 up to but not 1; unused if the set has a val split."""
@@ -85,14 +91,14 @@ class TorchvisionConfig(SplitConfig):
         if self.name == "kikibouba":  # has no lists: train, val and test or class directories
             options = self.model_dump(include={"root", "val_fraction", "test_fraction", "seed"})
             return replace(FolderConfig(**options).manifest(), kind=self.name)
-        if self.name in ARRAY_SETS:
+        kind: str = self.name
+        if self.few_shot_json is not None:  # instead of the official lists, which may be missing
+            kind += SUFFIX
+            found = self._few_shot(self.few_shot_json)
+        elif self.name in ARRAY_SETS:
             found = self._from_arrays()
         else:
             found = LISTED_SETS[self.name](self.root, Variant(self.partition, self.level))
-        kind: str = self.name
-        if self.few_shot_json is not None:
-            kind += SUFFIX
-            found = self._few_shot(found.base, self.few_shot_json)
         if not found.paths:
             raise DatasetError(f"{found.base}: found no images of {self.name}; check dataset.root")
         if not any((found.base / path).exists() for path in found.paths[:20]):
@@ -139,9 +145,10 @@ class TorchvisionConfig(SplitConfig):
             classes=found.classes,
         )
 
-    def _few_shot(self, base: Path, file: Path) -> ListedSet:
+    def _few_shot(self, file: Path) -> ListedSet:
         listed = read_split_json(file)
         folder = IMAGE_FOLDERS.get(self.name)
         paths = [f"{folder}/{path}" if folder else path for path in listed.paths]
-        classes: pd.DataFrame = listed.classes
+        classes = class_table(self.name, listed.classes["name"])
+        base = set_folder(self.root, self.name)
         return ListedSet(base, paths, listed.labels, listed.splits, classes)

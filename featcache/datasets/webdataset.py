@@ -47,7 +47,8 @@ class WebDatasetConfig(DatasetConfig):
     sample the one that comes first in this list."""
     label: str = Field(default="cls", pattern=_SOURCE)
     """Where a sample's label is: an extension (`cls`: a number or a name), `json:FIELD` (number,
-    name, or a list of them for a multi-label set; FIELD may be `a.b`), or `none`."""
+    name, or a list of them for a multi-label set; FIELD may be `a.b`), or `none`. -1 and nothing
+    at all mean unlabelled."""
     caption: str = Field(default="txt", pattern=_SOURCE)
     """Where a sample's caption is: an extension, `json:FIELD` (text, list of texts), or `none`."""
     classes: Path | None = None
@@ -188,7 +189,7 @@ class WebDatasetConfig(DatasetConfig):
         ):
             if option.startswith("json:") and not found:
                 raise DatasetError(
-                    f"{where}: no sample of {len(summaries)} tars has the field "
+                    f"{where}: no sample of {len(summaries)} tars has a {name} as field "
                     f"{option.removeprefix('json:')!r} in a .json; check dataset.{name}"
                 )
 

@@ -33,8 +33,10 @@ _SCHEMA = pa.schema(
     ]
 )
 _SUMMARY = b"featcache"
-_VERSION = 1
+_VERSION = 2
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_UNLABELLED = "-1"
+"""The label of a sample without one, as published test splits have it."""
 _MAX_DIGITS = 18
 """Digits of a label that is a number."""
 _META = re.compile(r"__[^/]*__($|/)")
@@ -255,6 +257,7 @@ def _values(tar: TarFile, sample: str, source: str, texts: Mapping[str, str]) ->
 
 
 def _labels(tar: TarFile, sample: str, value: Any) -> list[str]:
+    """A sample's labels as written; none for -1."""
     values = value if isinstance(value, list) else [value]
     found = []
     for each in values:
@@ -271,6 +274,13 @@ def _labels(tar: TarFile, sample: str, value: Any) -> list[str]:
                 tar.fail(f"sample {sample}: label {text[:20]}… has {len(text)} digits; is it one?")
     if len(set(found)) < len(found):
         tar.fail(f"sample {sample}: a label occurs twice in {found}; expected each once")
+    if found == [_UNLABELLED]:
+        return []
+    if _UNLABELLED in found:
+        tar.fail(
+            f"sample {sample}: found -1 beside other labels in {found}; -1 means unlabelled, so "
+            "expected it alone"
+        )
     return found
 
 

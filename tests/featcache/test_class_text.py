@@ -112,6 +112,18 @@ def test_another_backbone_is_refused(written: Make) -> None:
     assert not list((cache.path / "class_text").glob("*/c"))
 
 
+def test_another_precision_is_refused(written: Make) -> None:
+    cache = open_cache(written().path)
+    encoder = Encoder(cache)
+    encoder.precision = "bf16"
+    with pytest.raises(
+        CacheMismatchError, match="written in fp32, the opened backbone computes in bf16"
+    ):
+        class_text_features(cache, TEMPLATES, lambda: encoder)
+    assert encoder.batches == []
+    assert not list((cache.path / "class_text").glob("*/c"))
+
+
 def test_a_cache_that_may_not_be_written_is_left_alone(
     written: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torchvision.datasets as tv
 from PIL import Image
@@ -16,10 +17,11 @@ from pydantic import ValidationError
 from scipy.io import savemat
 
 from featcache.datasets.car_names import car_metadata
+from featcache.datasets.listed_sets import FOLDERS, IMAGE_FOLDERS
 from featcache.datasets.torchvision_sets import TorchvisionConfig
 from featcache.errors import DatasetError, UserError
 from featcache.manifest import Manifest
-from featcache.prompts import choose, format_prompts
+from featcache.prompts import TEMPLATES, choose, format_prompts
 
 RANDOM = np.random.default_rng(0)
 
@@ -162,6 +164,15 @@ def test_eurosat(tmp_path: Path) -> None:
     assert rows_of(manifest, "train", "val", "test") == pairs(*zip(*theirs.samples, strict=True))
     assert manifest.classes["name"].tolist() == theirs.classes
     assert Counter(manifest.splits) == {"train": 28, "val": 4, "test": 8}
+    prompts = format_prompts(manifest.classes, TEMPLATES[choose("eurosat", ["name"])])
+    assert prompts[0] == [
+        "a centered satellite photo of annual crop land.",
+        "a centered satellite photo of river.",
+    ]
+    others = pd.DataFrame({"name": ["Marsh"]})  # the set's templates over another class table
+    assert format_prompts(others, TEMPLATES["eurosat"])[1] == [
+        "a centered satellite photo of a Marsh."
+    ]
 
 
 def test_caltech101(tmp_path: Path) -> None:
@@ -193,6 +204,13 @@ def test_sun397(tmp_path: Path) -> None:
     write(base, "Partitions/Testing_02.txt", "".join(f"/{name}\n" for name in names[1::2]))
     official = config("sun397", tmp_path, partition=2, val_fraction=0).open()
     assert rows_of(official, "test") == sorted(row for row in found if row[0][-5] in "13579")
+    for classes in (manifest.classes, official.classes):
+        assert format_prompts(classes, TEMPLATES["sun397"])[0] == [
+            "a photo of a zoo.",
+            "a photo of a apartment outdoor.",
+            "a photo of a apartment.",
+            "a photo of a abbey.",
+        ]
 
 
 def test_ucf101(tmp_path: Path) -> None:
@@ -227,8 +245,7 @@ def test_kikibouba_is_a_folder_of_its_own_kind(tmp_path: Path) -> None:
 
 def test_few_shot_split_is_another_kind(tmp_path: Path) -> None:
     base = tmp_path / "dtd" / "dtd"
-    for split in ("train", "val", "test"):
-        write(base, f"labels/{split}1.txt", f"banded/{split}.jpg\n")
+    for split in ("train", "test"):  # and none of the official lists
         touch(base, f"images/banded/{split}.jpg")
     rows = {
         "train": [["banded/test.jpg", 0, "banded"]],
@@ -242,6 +259,34 @@ def test_few_shot_split_is_another_kind(tmp_path: Path) -> None:
         ("test", "images/banded/train.jpg"),
     ]
     assert choose(manifest.kind, ["name"]) == "dtd"
+
+
+def test_few_shot_cars_know_make_and_model(tmp_path: Path) -> None:
+    names = ["2000 AM General Hummer SUV", "2007 Ford F-150 Regular Cab"]
+    rows = {
+        split: [[f"cars_{split}/{i}.jpg", i, name] for i, name in enumerate(names)]
+        for split in ("train", "test")
+    }
+    for split in rows:
+        touch(tmp_path / "stanford_cars", *(path for path, _, _ in rows[split]))
+    write(tmp_path, "split.json", json.dumps(rows))
+    manifest = config("stanford_cars", tmp_path, few_shot_json=tmp_path / "split.json").open()
+    assert all((manifest.root / path).is_file() for path in manifest.paths)
+    assert manifest.classes["name"].tolist() == names
+    assert choose(manifest.kind, list(manifest.classes.columns)) == "vehicles"
+    texts = format_prompts(manifest.classes, ["{type} made by {make}", "{model} of {year}"])
+    assert texts[0] == ["SUV made by AM General", "Regular Cab made by Ford"]
+    assert texts[1] == ["Hummer of 2000", "F-150 of 2007"]
+
+
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_a_few_shot_split_of_any_set_reads_no_official_list(tmp_path: Path, name: str) -> None:
+    path = f"{IMAGE_FOLDERS[name]}/a.jpg" if name in IMAGE_FOLDERS else "a.jpg"
+    touch(tmp_path / FOLDERS[name][0], path)
+    write(tmp_path, "split.json", json.dumps({"train": [["a.jpg", 0, "Forest"]], "test": []}))
+    manifest = config(name, tmp_path, few_shot_json=tmp_path / "split.json").open()
+    assert (manifest.kind, manifest.paths) == (f"{name}_few_shot", [path])
+    assert (manifest.root / path).is_file()
 
 
 # --- sets of arrays ----------------------------------------------------------------------------

@@ -230,6 +230,25 @@ def test_class_order_is_by_value_by_name_or_by_list(tmp_path: Path, opened: Open
         labels("3", classes=listed)
 
 
+def test_minus_one_is_no_class(tmp_path: Path, opened: Open) -> None:
+    train = write_tar(tmp_path / "t.tar", samples(0, 3))
+    test = write_tar(
+        tmp_path / "v.tar",
+        {"a.jpg": b"1", "a.cls": "-1", "b.jpg": b"2", "b.cls": " -1\r\n", "c.jpg": b"3"},
+    )
+    manifest = opened(train=str(train), test=str(test))
+    assert manifest.classes["name"].tolist() == ["0", "1", "2"]
+    assert np.diff(manifest.label_offsets).tolist() == [1, 1, 1, 0, 0, 0]
+    alone = opened(test=str(test))
+    assert (alone.task, len(alone.classes)) == ("unlabelled", 0)
+    files: dict[str, bytes | str] = {}
+    for number, label in enumerate([-1, 4, "-1"]):
+        files |= {f"{number}.jpg": b"x", f"{number}.json": json.dumps({"l": label})}
+    field = opened(train=str(write_tar(tmp_path / "j.tar", files)), label="json:l")
+    assert field.classes["name"].tolist() == ["4"]
+    assert np.diff(field.label_offsets).tolist() == [0, 1, 0]
+
+
 def test_a_field_that_no_sample_has_is_named(tmp_path: Path, opened: Open) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.json": '{"tags": ["oak"]}'})
     with pytest.raises(DatasetError, match=r"field 'tag' in a \.json; check dataset\.label"):
@@ -250,6 +269,7 @@ def test_a_field_that_no_sample_has_is_named(tmp_path: Path, opened: Open) -> No
         ({"a.jpg": b"1", "a.json": "[1]"}, "sample a: its json has no field l"),
         ({"a.jpg": b"1", "a.json": '{"l": 1.5}'}, "sample a: label 1.5 is no number and no name"),
         ({"a.jpg": b"1", "a.json": '{"l": [1, "1"]}'}, "sample a: a label occurs twice"),
+        ({"a.jpg": b"1", "a.json": '{"l": [2, -1]}'}, "sample a: found -1 beside other labels"),
         ({"a.jpg": b"1", "a.json": "[" * 100_000}, "sample a: its json cannot be read"),
         ({"a.jpg": b"1", "a.json": '{"l": "\\ud800"}'}, "holds text that is not Unicode, '?'"),
         ({"a.jpg": b"1", "a.cls": "7" * 5000}, "label 77777777777777777777… has 5000 digits"),

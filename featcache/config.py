@@ -95,7 +95,7 @@ class Config(BaseModel):
         values: dict[str, Any] = {} if file is None else _read_yaml(file)
         arguments = _expand_optional_flags(cls, _expand_kinds(cls, arguments))
         flags = _parse_flags(cls, arguments)
-        return cls._validated(_merge(values, flags))
+        return cls._validated(merge(values, flags))
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> Self:
@@ -414,7 +414,7 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
     return values
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Recursive union; `above` wins, and another `kind` drops the options of the kind below."""
     merged = dict(below)
     for name, value in above.items():
@@ -424,7 +424,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
                 under = {"kind": under}
             if isinstance(under, Mapping):
                 other_kind = "kind" in value and value["kind"] != under.get("kind", value["kind"])
-                merged[name] = dict(value) if other_kind else _merge(under, value)
+                merged[name] = dict(value) if other_kind else merge(under, value)
                 continue
         merged[name] = value
     return merged

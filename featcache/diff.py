@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, model_validator
 
-from featcache.config import Config, run_job
+from featcache.config import Config, merge, run_job
 from featcache.datasets import DATASETS, AnyDataset
 from featcache.errors import CacheError
 from featcache.growing.changes import compare, num_lost_images
@@ -23,7 +23,7 @@ from featcache.growing.row_keys import RowKeys
 from featcache.growing.survey import ENCODE, Survey, survey
 from featcache.layout.cache_plan import human_bytes
 from featcache.manifest import Manifest
-from featcache.storage import CachePath
+from featcache.storage import CachePath, place
 from featcache.store import Store
 
 _SHOWN = 5
@@ -35,7 +35,8 @@ class DiffConfig(Config):
     cache: CachePath
     """Cache to compare with: a folder, or `s3://bucket/prefix`."""
     dataset: AnyDataset | None = Field(default=None, discriminator="kind")
-    """Dataset as it is now; unset = the options that the cache was extracted with."""
+    """Dataset as it is now; unset = the options that the cache was extracted with. Without a kind,
+    single options take the place of those."""
     num_readers: PositiveInt | None = None
     """Threads that look at files, 1 or more; unset = one per processor this job may use."""
     as_json: bool = Field(default=False, alias="json")
@@ -43,11 +44,14 @@ class DiffConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _folder_unless_said(cls, values: Any) -> Any:
+    def _as_recorded_unless_said(cls, values: Any) -> Any:
         dataset = values.get("dataset") if isinstance(values, Mapping) else None
-        if isinstance(dataset, Mapping) and "kind" not in dataset:
-            return {**values, "dataset": {"kind": "folder", **dataset}}
-        return values
+        if not isinstance(dataset, Mapping) or "kind" in dataset:
+            return values
+        if values.get("cache") is None:  # the one thing to complain of
+            return {**values, "dataset": None}
+        recorded = _recorded(Store.open(place(values["cache"])))
+        return {**values, "dataset": merge(recorded, dataset)}
 
 
 def run(config: DiffConfig) -> dict[str, Any]:
@@ -113,13 +117,19 @@ def describe(store: Store, manifest: Manifest, num_threads: int) -> dict[str, An
 def _dataset(config: DiffConfig, store: Store) -> Manifest:
     if config.dataset is not None:
         return config.dataset.open()
-    record = store.attributes.get("dataset", {})
+    record = _recorded(store)
+    return DATASETS[record["kind"]].model_validate(record).open()
+
+
+def _recorded(store: Store) -> dict[str, Any]:
+    """The dataset options that a cache was extracted with."""
+    record: dict[str, Any] = store.attributes.get("dataset", {})
     if record.get("kind") not in DATASETS:
         raise CacheError(
             f"{store.path}: made from dataset kind {record.get('kind')!r}, this installation has "
             f"{', '.join(DATASETS)}; name the dataset with --dataset"
         )
-    return DATASETS[record["kind"]].model_validate(record).open()
+    return record
 
 
 def _by_split(seen: Survey, manifest: Manifest) -> dict[str, int]:

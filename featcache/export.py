@@ -39,7 +39,7 @@ class ExportConfig(Config):
 
 
 def run(config: ExportConfig) -> Path:
-    """Writes the export, prints and returns where it is.
+    """Writes the export, prints what it holds and where it is, and returns that.
 
     Raises:
         CacheError: no such cache or array, shards missing, or `out` exists.
@@ -47,6 +47,10 @@ def run(config: ExportConfig) -> Path:
     cache = open_cache(config.cache)
     write = to_numpy if config.format == "numpy" else to_parquet
     path = write(cache, config.out, config.arrays)
+    prefix = "" if config.format == "numpy" else "image/"
+    for name in cache.feature_names(prefix) if config.arrays is None else config.arrays:
+        array = cache.array(name)
+        print(f"{name:<24} {len(array):,} rows of {' x '.join(map(str, array.shape[1:]))}")
     print(path)
     return path
 

@@ -6,6 +6,7 @@ Heads take the same caches: `python -m heads.train --cache cache/birds-b16 --joi
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from featcache.config import Config, run_job
 from featcache.errors import CacheError, CacheMismatchError, ConfigError
 from featcache.joined_cache import JoinedCache, ragged
 from featcache.reader import Cache, open_cache
-from featcache.storage import CachePath, Where, place
+from featcache.storage import CachePath, StoreUrl, Where, place
 
 
 class JoinConfig(Config):
@@ -36,12 +37,14 @@ def open_joined(paths: Sequence[Where] | Mapping[str, Where], verify: bool = Tru
 
     Raises:
         CacheError: a cache is missing or unfinished, or no id is in all of them.
+        ConfigError: fewer than two, or one of them twice.
         CacheMismatchError: task, classes, splits or labels differ, naming the first difference.
     """
     if not isinstance(paths, Mapping):
         paths = _aliases(paths)
     if len(paths) < 2:
         raise ConfigError(f"a join needs two caches or more, found {len(paths)}")
+    _require_different(list(paths.values()))
     members = {alias: open_cache(path, verify=verify) for alias, path in paths.items()}
     (first, lead), *others = members.items()
     for alias, one in others:
@@ -101,6 +104,16 @@ def _aliases(paths: Sequence[Where]) -> dict[str, Where]:
             alias = f"{name}-{number}"
         found[alias] = path
     return found
+
+
+def _require_different(paths: Sequence[Where]) -> None:
+    seen: set[Path | StoreUrl] = set()
+    for path in paths:
+        found = place(path)
+        found = found.resolve() if isinstance(found, Path) else found
+        if found in seen:
+            raise ConfigError(f"{path}: given twice; a join needs different caches of one dataset")
+        seen.add(found)
 
 
 def _require_same_classes(first: str, lead: Cache, alias: str, one: Cache) -> None:

@@ -38,6 +38,8 @@ _DOWNLOAD_BYTES = 512 << 20
 """Bytes of all downloads under way together."""
 _LISTED_AT_ONCE = 1000
 """Objects that a store lists in one answer."""
+BUILDING = "building-"
+"""How folders begin in which a cache is put together on its way into a store."""
 _SPARE_BYTES = 256 << 20
 _SHOWN_BYTES = 64 << 20
 """Downloads from this size on are told of where no terminal shows their progress."""
@@ -50,6 +52,17 @@ def mirror_root() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "featcache"
+
+
+def _mirrors_of(url: Path | StoreUrl) -> Path:
+    """The folder that holds the mirrors of a cache's states."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    return mirror_root() / f"{url.name}-{xxhash.xxh3_64_hexdigest(f'{endpoint} {url}'.encode())}"
+
+
+def forget_mirrors(url: StoreUrl) -> None:
+    """Deletes the mirrors of a cache that is no more; who has mapped their files keeps them."""
+    shutil.rmtree(_mirrors_of(url), ignore_errors=True)
 
 
 class Mirror:
@@ -72,11 +85,9 @@ class Mirror:
             root: version of the root metadata that say so.
             state: how many updates the cache had then.
         """
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        place = xxhash.xxh3_64_hexdigest(f"{endpoint} {origin.url}".encode())
         self.origin = origin
         self.fingerprint = fingerprint
-        self.folder = mirror_root() / f"{origin.url.name}-{place}" / fingerprint
+        self.folder = _mirrors_of(origin.url) / fingerprint
         self._uploads: Any = None
         self._root = root
         self._state = state
@@ -346,6 +357,12 @@ def run(config: MirrorConfig) -> list[Mirrored]:
         day = time.strftime("%Y-%m-%d %H:%M", time.localtime(mirror.used))
         print(f"{mirror.folder}  {size}, used {day}")
         kept.append(mirror)
+    for folder in sorted(mirror_root().glob(f"{BUILDING}*")):
+        size = human_bytes(_num_bytes(folder))
+        print(
+            f"{folder}  {size}, of a job that writes a cache into a store; if none runs, it was "
+            "killed: delete it"
+        )
     print(f"{mirror_root()}: {len(kept)} mirrors, {human_bytes(total)}")
     return kept
 
@@ -355,10 +372,18 @@ def mirrors() -> list[Mirrored]:
     found = []
     # By the fingerprint: caches on their way into a store are put together beside them.
     for root in mirror_root().glob(f"*/{'[0-9a-f]' * 32}/zarr.json"):
-        files = [file.stat() for file in root.parent.rglob("*") if file.is_file()]
-        size = sum(each.st_size for each in files)
-        found.append(Mirrored(root.parent, size, root.parent.stat().st_mtime))
+        found.append(Mirrored(root.parent, _num_bytes(root.parent), root.parent.stat().st_mtime))
     return found
+
+
+def _num_bytes(folder: Path) -> int:
+    """Bytes of all files below; another job may be deleting them meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def _delete(folder: Path) -> None:

@@ -71,6 +71,8 @@ class Head(nn.Module, ABC):
 
     trainable: bool = True
     """False for heads without parameters to train (zero-shot)."""
+    has_probabilities: bool = True
+    """False where a multi-label logit only ranks, so that no threshold on it means anything."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

@@ -25,7 +25,14 @@ from featcache.storage import CachePath, Where, place
 from heads import metrics
 from heads.base import Head
 from heads.data import FeatureTable, Part, feature_array, has_labels, labelled_part, require_labels
-from heads.run_folder import LoadedRun, RunError, load_run, write_atomic, write_json
+from heads.run_folder import (
+    LoadedRun,
+    RunError,
+    load_run,
+    steps_since,
+    write_atomic,
+    write_json,
+)
 
 BATCH_ELEMENTS = 2**25
 """Scores held at a time, in elements (128 MiB of float32)."""
@@ -116,10 +123,11 @@ def score_split(
     logits = (_finite(head(table.slice(*span)), span) for span in _spans(len(part), len(classes)))
     if part.targets.ndim == 2:
         scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
+        threshold = options.threshold if head.has_probabilities else None
         values = metrics.multi_label_metrics(
-            scores, part.targets, counts, boundaries, options.threshold, groups
+            scores, part.targets, counts, boundaries, threshold, groups
         )
-        return Scores(values, _multi_label_table(scores, part.targets, classes, options.threshold))
+        return Scores(values, _multi_label_table(scores, part.targets, classes, threshold))
     try:
         taxonomy = metrics.Taxonomy.from_classes(classes, options.levels)
     except KeyError as error:
@@ -176,12 +184,18 @@ def main_metric(task: str) -> str:
 
 
 def metrics_table(values: Mapping[str, float]) -> str:
-    """Metrics as aligned lines: shares in percent, counts as they are."""
+    """Metrics as aligned lines: shares in percent, counts as they are; says what is left out."""
     width = max(len(name) for name in values)
-    return "\n".join(
+    lines = [
         f"  {name:<{width}}  " + (f"{value:>8}" if name.startswith("num_") else f"{value:8.2%}")
         for name, value in values.items()
-    )
+    ]
+    if "map" in values and "micro_f1" not in values:
+        lines.append(
+            "  no precision, recall and F1: plain cosines say which class is likelier, not from "
+            "where on it is present; --head.cosine_threshold of heads.train says that"
+        )
+    return "\n".join(lines)
 
 
 def evaluate_run(
@@ -208,28 +222,48 @@ def open_for(run: LoadedRun, path: Where | None, join: Sequence[Where]) -> Cache
     Raises:
         CacheError, CacheMismatchError: if one is missing, or they cannot be joined.
     """
-    if path is not None:
-        return open_one_or_joined(path, join)
     members = run.members
-    if len(members) == 1:
-        return open_cache(place(members[0].path))
-    return open_joined({one.alias: place(one.path) for one in members})
+    places = [place(one.path) for one in members] if path is None else [path, *join]
+    try:
+        if path is None and len(members) > 1:
+            return open_joined({one.alias: place(one.path) for one in members})
+        return open_one_or_joined(places[0], places[1:])
+    except CacheMismatchError as error:  # often one has grown, and the others have not
+        caches = [open_cache(one) for one in places]
+        grown = [f"{one}: {steps}" for one, steps in steps_since(members, caches)]
+        if not grown:
+            raise
+        raise CacheMismatchError("; ".join([str(error), *grown])) from None
+
+
+def open_known(
+    run: LoadedRun, path: Where | None, join: Sequence[Where], quiet: bool = False
+) -> Cache:
+    """`open_for`, and a line on how each cache changed since the head was trained.
+
+    Raises:
+        CacheError: see `open_for`.
+        CacheMismatchError: likewise; or none is named, and what lies there now is another cache.
+    """
+    cache = open_for(run, path, join)
+    trained_on = run.record["cache"]["fingerprint"]
+    grown = run.growth_since(cache)
+    if grown is not None:
+        if not quiet:
+            print(grown)
+    elif path is None and cache.fingerprint != trained_on:
+        raise CacheMismatchError(
+            f"{run.record['cache']['path']}: fingerprint {cache.fingerprint}, the head was trained "
+            f"on {trained_on}; name the cache with --cache if this one is meant"
+        )
+    return cache
 
 
 def run(config: EvaluateConfig) -> Scores:
     """Evaluates, prints a table, and writes `metrics_<split>.json` and `classes_<split>.csv`."""
     loaded = load_run(config.run)
     path = config.cache or place(loaded.record["cache"]["path"])
-    cache = open_for(loaded, config.cache, config.join)
-    trained_on = loaded.record["cache"]["fingerprint"]
-    grown = loaded.growth_since(cache)
-    if grown is not None:
-        print(grown)
-    elif config.cache is None and cache.fingerprint != trained_on:
-        raise CacheMismatchError(
-            f"{path}: fingerprint {cache.fingerprint}, the head was trained on {trained_on}; "
-            "name the cache with --cache if this one is meant"
-        )
+    cache = open_known(loaded, config.cache, config.join)
     names = cache.split_names
     split = config.split or next(
         (n for n in ("test", "val") if n in names and has_labels(labelled_part(cache, n))), names[0]
@@ -282,21 +316,16 @@ def _multi_label_table(
     scores: npt.NDArray[np.float32],
     targets: npt.NDArray[np.uint8],
     classes: pd.DataFrame,
-    threshold: float,
+    threshold: float | None,
 ) -> pd.DataFrame:
+    support = targets.sum(0, dtype=np.int64)
+    ranked = {"average_precision": metrics.average_precision(scores, targets)}
+    if threshold is None:
+        return _class_table(classes, support, ranked)
     predicted = scores >= np.log(threshold / (1 - threshold))
     precision, recall, f1 = metrics.precision_recall_f1(predicted, targets)
-    return _class_table(
-        classes,
-        targets.sum(0, dtype=np.int64),
-        {
-            "num_predicted": predicted.sum(0),
-            "average_precision": metrics.average_precision(scores, targets),
-            "precision": precision,
-            "recall": recall,
-            "f1": f1,
-        },
-    )
+    counted = {"precision": precision, "recall": recall, "f1": f1}
+    return _class_table(classes, support, {"num_predicted": predicted.sum(0), **ranked, **counted})
 
 
 def _class_table(

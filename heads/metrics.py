@@ -245,7 +245,7 @@ def multi_label_metrics(
     targets: npt.NDArray[np.uint8],
     counts: IntArray,
     boundaries: tuple[int, int] = BOUNDARIES,
-    threshold: float = 0.5,
+    threshold: float | None = 0.5,
     groups: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """All multi-label metrics by name.
@@ -262,7 +262,8 @@ def multi_label_metrics(
         targets: (N, C) multi-hot.
         counts: (C,) training images of each class.
         boundaries: see `shot_groups`.
-        threshold: probability from which on a class counts as predicted, in (0, 1).
+        threshold: probability from which on a class counts as predicted, in (0, 1); None = scores
+            that only rank: without the metrics at a threshold.
         groups: C group names that are taken instead of the counts; None = count.
     """
     ap = average_precision(scores, targets)
@@ -276,6 +277,8 @@ def multi_label_metrics(
     if labelled.any():
         by_row = average_precision(scores[labelled].T, targets[labelled].T)
         metrics["map_rows"] = float(by_row.mean())
+    if threshold is None:
+        return metrics
     predicted = scores >= np.log(threshold / (1 - threshold))
     precision, recall, f1 = precision_recall_f1(predicted, targets)
     support = targets.sum(0, dtype=np.float64)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError, DatasetError
-from featcache.join import open_one_or_joined
 from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
@@ -30,6 +29,7 @@ from featcache.submission import (
 )
 from heads.data import FeatureTable, feature_array
 from heads.encoding import encode_files
+from heads.evaluate import open_known
 from heads.progress import ProgressLine
 from heads.run_folder import LoadedRun, RunError, load_run, write_atomic
 
@@ -45,13 +45,14 @@ class PredictConfig(Config):
     run: Path
     """Run folder that heads.train wrote."""
     cache: CachePath | None = None
-    """Cache with the rows to predict; or give `images`."""
+    """Cache with the rows to predict; unset = `images`, or with `split` the caches it was trained
+    on."""
     join: tuple[CachePath, ...] = ()
     """Further caches, joined by id, for a head that was trained on several; needs cache."""
     split: str | None = None
-    """Split of the cache; unset = all rows."""
+    """Split of the cache; unset = all rows of `cache`."""
     images: Path | None = None
-    """Image file, or folder that is searched with its sub-folders; or give `cache`."""
+    """Image file, or folder that is searched with its sub-folders; or give `cache` or `split`."""
     out: Path
     """Table to write: .csv or .parquet."""
     submission: Path | None = None
@@ -72,10 +73,14 @@ class PredictConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.cache is None) == (self.images is None):
-            raise ValueError("give either cache or images (--cache of rows, or --images of files)")
-        if self.split is not None and self.cache is None:
-            raise ValueError(f"split={self.split} needs cache")
+        both = self.cache is not None and self.images is not None
+        if both or (self.cache is None and self.images is None and self.split is None):
+            raise ValueError(
+                "give either cache or images (--cache of rows, --images of files); a split alone "
+                "is of the cache that the head was trained on"
+            )
+        if self.split is not None and self.images is not None:
+            raise ValueError(f"split={self.split} is of a cache; leave it out with images")
         if self.join and self.cache is None:
             raise ValueError(f"join={[str(one) for one in self.join]} needs cache")
         if self.submission_order is not None and self.submission is None:
@@ -115,16 +120,12 @@ def run(config: PredictConfig) -> PredictReport:
     device = resolve_device(config.device)
     loaded = load_run(config.run, device)
     order = None if config.submission_order is None else read_order(config.submission_order)
-    if config.cache is not None:
-        cache = open_one_or_joined(config.cache, config.join)
-        grown = loaded.growth_since(cache)
-        if grown is not None and not config.quiet:
-            print(grown)
+    if config.images is None:
+        cache = open_known(loaded, config.cache, config.join, config.quiet)
         rows = _cache_rows(cache, config.split)
         order = [cache.ids[row] for row in rows] if order is None else order
         frame, unreadable = predict_cache(loaded, cache, rows, config.top_k, config.threshold)
     else:
-        assert config.images is not None, "checked by the config"
         files = find_images(config.images)
         root = config.images if config.images.is_dir() else config.images.parent
         order = files if order is None else order

@@ -129,39 +129,15 @@ class LoadedRun:
     @property
     def members(self) -> list[Member]:
         """The caches whose features the head reads side by side; mostly one."""
-        record = self.record
-        alone = {
-            "alias": "",
-            "identity": record["identity"],
-            "backbone": record["attributes"]["backbone"],
-            **record["cache"],
-        }
-        return [
-            Member(
-                alias=one["alias"],
-                path=one["path"],
-                fingerprint=one["fingerprint"],
-                identity=Identity.model_validate(one["identity"]),
-                backbone=one["backbone"],
-            )
-            for one in record.get("joined", [alone])
-        ]
+        return members_of(self.record)
 
     def growth_since(self, cache: Cache) -> str | None:
         """How a cache changed since the head was trained on an earlier state of it, as a line each.
 
         None if it has not changed, or if the head was trained on another cache.
         """
-        trained, lines = self.members, []
-        if len(cache.parts) != len(trained):
-            return None
-        for part, member in zip(cache.parts, trained, strict=True):
-            if part.fingerprint == member.fingerprint:
-                continue
-            steps = since(part.history, member.fingerprint)
-            if steps is None:
-                return None
-            lines.append(f"{part.path}: trained on an earlier state of it; {steps}")
+        found = steps_since(self.members, cache.parts)
+        lines = [f"{path}: trained on an earlier state of it; {steps}" for path, steps in found]
         return "\n".join(lines) or None
 
     def _class_difference(self, cache: Cache) -> str:
@@ -176,6 +152,48 @@ class LoadedRun:
                     f"head; {advice}"
                 )
         return f"class_hash differs: {cache.class_hash!r} in the cache; {advice}"
+
+
+def members_of(record: Mapping[str, Any]) -> list[Member]:
+    """The caches that a `head.json` names; mostly one."""
+    alone = {
+        "alias": "",
+        "identity": record["identity"],
+        "backbone": record["attributes"]["backbone"],
+        **record["cache"],
+    }
+    return [
+        Member(
+            alias=one["alias"],
+            path=one["path"],
+            fingerprint=one["fingerprint"],
+            identity=Identity.model_validate(one["identity"]),
+            backbone=one["backbone"],
+        )
+        for one in record.get("joined", [alone])
+    ]
+
+
+def steps_since(trained: Sequence[Member], caches: Sequence[Cache]) -> list[tuple[str, str]]:
+    """Path and history of each cache that changed since a head was trained on it.
+
+    Empty if none has, or if one of them never was what the head was trained on.
+
+    Args:
+        trained: what the head was trained on.
+        caches: as they are now, in that order.
+    """
+    if len(caches) != len(trained):
+        return []
+    found = []
+    for cache, member in zip(caches, trained, strict=True):
+        if cache.fingerprint == member.fingerprint:
+            continue
+        steps = since(cache.history, member.fingerprint)
+        if steps is None:
+            return []
+        found.append((str(cache.path), steps))
+    return found
 
 
 def _meaning(identity: Identity, feature: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
-from featcache.growing.changes import since
 from featcache.identity import differences, fingerprint
 from featcache.join import open_one_or_joined
 from featcache.joined_cache import JoinedCache, unit_rows
@@ -435,13 +434,16 @@ def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:
                 f"{folder}: {name} differs: trained there with {have!r}, now {want!r}; choose "
                 "another --run, or --restart to replace it"
             )
-    held = run_folder.read_json(folder / "head.json")["cache"]["fingerprint"]
-    grown = None if held == cache.fingerprint else since(cache.history, held)
-    if grown is not None:  # rows have other numbers now: a half-done epoch cannot go on
-        raise RunError(
-            f"{folder}: trained there on an earlier state of {cache.path}; {grown}; --restart "
-            "trains anew on all rows, another --run keeps this one"
-        )
+    record = run_folder.read_json(folder / "head.json")
+    held = record["cache"]["fingerprint"]
+    if held != cache.fingerprint:
+        grown = run_folder.steps_since(run_folder.members_of(record), cache.parts)
+        if grown:  # rows have other numbers now: a half-done epoch cannot go on
+            steps = "; ".join(f"an earlier state of {path}; {steps}" for path, steps in grown)
+            raise RunError(
+                f"{folder}: trained there on {steps}; --restart trains anew on all rows, another "
+                "--run keeps this one"
+            )
     if held != cache.fingerprint:
         raise RunError(
             f"{folder}: trained there on cache {held}, {cache.path} is {cache.fingerprint}; choose "

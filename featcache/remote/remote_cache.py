@@ -14,7 +14,7 @@ from tempfile import mkdtemp
 from featcache.errors import CacheError
 from featcache.layout.cache_plan import CachePlan, build
 from featcache.layout.chunks import unsealed
-from featcache.mirror import mirror_root
+from featcache.mirror import BUILDING, forget_mirrors, mirror_root
 from featcache.remote.object_store import PARALLEL_REQUESTS, ObjectFolder, Uploads
 from featcache.storage import Location, StoreUrl
 
@@ -39,7 +39,7 @@ def create_remote(url: StoreUrl, plan: CachePlan) -> None:
     beside.write(_marker(url), b"")
     folder.delete(*left)
     mirror_root().mkdir(parents=True, exist_ok=True)
-    building = Path(mkdtemp(prefix="building-", dir=mirror_root()))
+    building = Path(mkdtemp(prefix=BUILDING, dir=mirror_root()))
     try:
         build(building, plan)
         files = [file.relative_to(building) for file in building.rglob("*") if file.is_file()]
@@ -61,6 +61,7 @@ def delete_remote(url: StoreUrl) -> None:
     folder.delete(ROOT)
     folder.delete(*[entry.key for entry in folder.list()])
     beside.delete(_marker(url))
+    forget_mirrors(url)
 
 
 def add_array(folder: Location, building: Path, name: str) -> None:
@@ -100,6 +101,7 @@ def replace_remote(url: StoreUrl, other: StoreUrl) -> None:
     source.delete(ROOT)
     source.delete(*wanted)
     beside.delete(_swap(url))
+    forget_mirrors(other)
 
 
 def recover_remote(url: StoreUrl) -> None:
@@ -116,6 +118,7 @@ def recover_remote(url: StoreUrl) -> None:
     if folder.exists(ROOT):
         source = ObjectFolder(other)
         source.delete(*[entry.key for entry in source.list()])
+        forget_mirrors(other)
     beside.delete(_swap(url))
 
 

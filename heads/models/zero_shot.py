@@ -20,6 +20,8 @@ from featcache.prompts import choose_zero_shot, expand
 from heads.base import FeatureSpec, Head, HeadConfig
 
 NameType = Literal["common", "scientific", "both"]
+_GUESS = 0.25
+"""Cosine of a class that is there, about, for CLIP; it differs from one backbone to the next."""
 
 
 class ZeroShotConfig(HeadConfig):
@@ -44,8 +46,10 @@ class ZeroShotConfig(HeadConfig):
     whichever scores best on the validation rows; `by_candidate` in metrics.json lists all."""
     scale: PositiveFloat | None = None
     """Multiplier of the cosines, > 0; unset = the backbone's own (100 for CLIP)."""
-    cosine_threshold: float = Field(default=0.25, ge=-1, le=1)
-    """Cosine that becomes probability 0.5 in a multi-label set, -1..1; rankings ignore it."""
+    cosine_threshold: float | None = Field(default=None, ge=-1, le=1)
+    """Cosine that becomes probability 0.5 in a multi-label set, -1..1; rankings ignore it. Unset =
+    0.25 in predictions, a guess: metrics that need a threshold (precision, recall, F1) are left
+    out then."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -115,12 +119,17 @@ class ZeroShotConfig(HeadConfig):
             several = isinstance(self.templates, list) and len(self.templates) > 1
             for name in self.templates if several and self.templates else spec.templates:
                 alternatives[name] = ensemble(spec.prompts[[place[t] for t in expand(name)]])
-        return ZeroShot(
+        threshold = 0.0
+        if spec.task == "multi_label":
+            threshold = _GUESS if self.cosine_threshold is None else self.cosine_threshold
+        head = ZeroShot(
             ensemble(prompts, self.template_weights),
             scale=self.scale or spec.logit_scale,
-            cosine_threshold=self.cosine_threshold if spec.task == "multi_label" else 0.0,
+            cosine_threshold=threshold,
             alternatives=alternatives,
         )
+        head.has_probabilities = spec.task != "multi_label" or self.cosine_threshold is not None
+        return head
 
     def _require_weights(self, num_templates: int) -> None:
         if self.template_weights is not None and len(self.template_weights) != num_templates:

@@ -268,6 +268,17 @@ def test_strangers_single_caches_and_missing_arrays(tmp_path: Path) -> None:
             use()
 
 
+def test_the_same_cache_twice_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", ALL, 4)
+    (tmp_path / "alias").symlink_to(tmp_path / "a")
+    for other in (tmp_path / "a", f"{tmp_path}/x/../a", tmp_path / "alias"):
+        with pytest.raises(ConfigError, match=r"(a|alias): given twice; a join needs different"):
+            open_joined([tmp_path / "a", other])
+    url = "s3://bucket/a"
+    with pytest.raises(ConfigError, match=r"^s3://bucket/a/: given twice"):
+        open_joined({"one": url, "two": f"{url}/"})
+
+
 def test_a_split_without_common_rows_is_gone(tmp_path: Path) -> None:
     make(tmp_path / "a", ALL, 4)
     make(tmp_path / "b", ALL[:5], 6)

@@ -212,7 +212,9 @@ def test_a_full_disk_is_found_before_anything_is_fetched(
         cache.array("image/projected")
 
 
-def test_a_cache_on_its_way_into_a_store_is_no_mirror(url: StoreUrl) -> None:
+def test_a_cache_on_its_way_into_a_store_is_no_mirror(
+    url: StoreUrl, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_cache(url)
     open_cache(url)
     (kept,) = mirrors.mirrors()
@@ -220,6 +222,8 @@ def test_a_cache_on_its_way_into_a_store_is_no_mirror(url: StoreUrl) -> None:
     (building / "rows").mkdir(parents=True)
     (building / "rows/zarr.json").write_text("{}")
     assert mirrors.mirrors() == [kept]
+    mirrors.run(MirrorConfig())
+    assert f"{building}  2 B, of a job that writes" in capsys.readouterr().out
     mirrors.run(MirrorConfig(clear=True))
     assert (building / "rows/zarr.json").is_file()
     assert not kept.folder.exists()

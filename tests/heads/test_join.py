@@ -1,6 +1,7 @@
 """Heads on joined caches: train, evaluate, predict; two backbones are better than one."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from heads.models.linear import LinearConfig
 from heads.models.zero_shot import ZeroShotConfig, ensemble
 from heads.optim import OptimConfig
 from heads.predict import PredictConfig
-from heads.run_folder import load_run
+from heads.run_folder import RunError, load_run
 from heads.train import TrainConfig
 
 Make = Callable[..., Path]
@@ -154,6 +155,39 @@ def test_a_join_of_grown_caches_is_evaluated_as_such(
     printed = capsys.readouterr().out.splitlines()
     for path in backbones:
         assert any(line.startswith(f"{path}: trained on an earlier state") for line in printed)
+    steps = [
+        f"an earlier state of {path}; it had 14 rows then; since: 1 gained" for path in backbones
+    ]
+    message = f"both: trained there on {steps[0]}; {steps[1]}; --restart trains anew on all rows"
+    with pytest.raises(RunError, match=re.escape(message)):
+        train.run(config(one, (two,), tmp_path / "both", optim=OptimConfig(epochs=1)))
+
+
+def test_a_member_that_got_another_class_is_told_with_its_history(
+    backbones: tuple[Path, Path],
+    tmp_path: Path,
+    image_folder: Path,
+    make_jpeg: Callable[[int, int, int], bytes],
+) -> None:
+    one, two = backbones
+    run = train.run(config(one, (two,), tmp_path / "both", optim=OptimConfig(epochs=1))).run
+    (image_folder / "train" / "owl").mkdir()
+    (image_folder / "train" / "owl" / "new.jpg").write_bytes(make_jpeg(40, 40, 99))
+    extract_into(backbones[1:], (tmp_path / "other_clip",), image_folder)
+    message = (
+        "classes differ: 2 in first, 3 in second; join caches of one dataset; "
+        f"{two}: it had 14 rows then; since: 1 gained, 1 new class"
+    )
+    named = {"cache": one, "join": (two,)}
+    for options in ({}, named):
+        with pytest.raises(CacheMismatchError, match=f"^{re.escape(message)}$"):
+            evaluate.run(EvaluateConfig(run=run, split="val", device="cpu", **options))
+    out = tmp_path / "out.csv"
+    with pytest.raises(CacheMismatchError, match=f"^{re.escape(message)}$"):
+        predict.run(PredictConfig(run=run, split="val", out=out, device="cpu"))
+    other = train.run(config(one, (), tmp_path / "alone", optim=OptimConfig(epochs=1))).run
+    with pytest.raises(CacheMismatchError, match=r"join caches of one dataset$"):
+        evaluate.run(EvaluateConfig(run=other, split="val", device="cpu", **named))
 
 
 def test_new_images_go_through_every_backbone(
@@ -166,6 +200,8 @@ def test_new_images_go_through_every_backbone(
             run=run, cache=one, join=(two,), split="val", out=tmp_path / "a.csv", device="cpu"
         )
     ).table
+    recorded = PredictConfig(run=run, split="val", out=tmp_path / "c.csv", device="cpu")
+    assert predict.run(recorded).table.equals(cached)
     shutil.rmtree(tmp_path / "caches")
     broken = image_folder / "val" / "cat" / "broken.jpg"
     broken.write_bytes(b"nothing")

@@ -139,6 +139,23 @@ def test_multi_label_rows_list_all_classes_above_the_threshold(
     assert (report.table["classes"] != "").any()
 
 
+def test_a_split_alone_is_of_the_cache_trained_on(
+    make_multi: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = make_multi()
+    run = trained(cache)
+    options = {"run": run, "split": "test", "out": tmp_path / "o.csv"}
+    found = predict.run(PredictConfig(**options)).table
+    assert len(found) == 100
+    assert found.equals(predict.run(PredictConfig(**options, cache=cache)).table)
+    with pytest.raises(ValueError, match="split=test is of a cache; leave it out with images"):
+        PredictConfig(**options, images=tmp_path)
+    shutil.rmtree(cache)
+    make_multi(seed=9)
+    with pytest.raises(CacheMismatchError, match=r"fingerprint .* name the cache with --cache"):
+        predict.run(PredictConfig(**options))
+
+
 def test_other_weights_are_refused(extracted: Path, image_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

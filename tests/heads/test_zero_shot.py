@@ -13,8 +13,9 @@ import torch
 from featcache.errors import BackboneError, ConfigError
 from featcache.prompts import TEMPLATES
 from featcache.reader import open_cache
-from heads import train
+from heads import evaluate, train
 from heads.base import FeatureSpec
+from heads.evaluate import EvaluateConfig
 from heads.models.zero_shot import ZeroShot, ZeroShotConfig, ensemble
 from heads.run_folder import load_run, read_tensors
 
@@ -173,6 +174,39 @@ def test_new_weights_encode_no_text(
     loaded = load_run(good.run)
     expected = torch.nn.functional.normalize(torch.tensor(encoder.centres).float(), dim=-1)
     torch.testing.assert_close(loaded.head.vectors, expected)
+
+
+def test_plain_cosines_have_no_metrics_at_a_threshold(
+    make_multi: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make_multi()
+    encoder = Encoder(open_cache(path), np.random.default_rng(8).normal(size=(6, 12)))
+    monkeypatch.setattr(train, "open_cache_backbone", lambda cache, device: encoder)
+    found = {}
+    for threshold in (None, 0.3):
+        head = ZeroShotConfig(templates=[GOOD], cosine_threshold=threshold)
+        run = path.parent.parent / str(threshold)
+        config = train.TrainConfig(cache=path, head=head, run=run, device="cpu")
+        report = train.run(config)
+        printed = [capsys.readouterr().out]
+        scores = evaluate.run(EvaluateConfig(run=run, split="test", device="cpu"))
+        assert scores.metrics == report.metrics["test"]
+        printed.append(capsys.readouterr().out)
+        line = "no precision, recall and F1: plain cosines"
+        assert [line in text for text in printed] == [threshold is None] * 2
+        found[threshold] = scores
+    plain, counted = found[None], found[0.3]
+    assert plain.metrics["map"] == counted.metrics["map"] > 0.8
+    assert {"micro_f1", "cp", "of1"} <= counted.metrics.keys() - plain.metrics.keys()
+    assert plain.metrics.items() <= counted.metrics.items()
+    assert set(counted.per_class) - set(plain.per_class) == {
+        "num_predicted",
+        "precision",
+        "recall",
+        "f1",
+    }
 
 
 def test_validation_picks_the_template(

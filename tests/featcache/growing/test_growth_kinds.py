@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from featcache import diff, extraction
+from featcache.datasets import DATASETS
 from featcache.diff import DiffConfig
-from featcache.errors import CacheError
+from featcache.errors import CacheError, ConfigError
 from featcache.extract import ExtractConfig, run
 from featcache.extraction import Extraction
 from featcache.growing import swap
+from featcache.mirror import mirror_root, mirrors
 from featcache.reader import open_cache
 from featcache.storage import locate, place
-from featcache.store import verify
+from featcache.store import Store, verify
 
 
 @pytest.fixture
@@ -89,6 +91,8 @@ def test_a_cache_in_a_store_grows(make, bucket, image_folder, make_jpeg, encoded
     assert encoded == [1, 1]
     parent = place(f"{bucket}")
     assert {e.key.split("/")[0] for e in locate(parent).list()} == {"birds"}
+    assert sorted({m.folder.parent.name.rpartition("-")[0] for m in mirrors()}) == ["birds"]
+    assert not list(mirror_root().glob("birds.next-*"))
     assert verify(remote.cache) == []
     for name in ("image/projected", "rows/valid", "rows/content", "rows/stamp"):
         first, second = (open_cache(c.cache).store.read(name) for c in (local, remote))
@@ -238,6 +242,34 @@ def test_diff_of_a_table_counts_labels_and_captions(make, image_folder, tmp_path
     (image_folder / "val/cat/10.jpg").write_bytes((image_folder / "val/cat/12.jpg").read_bytes())
     found = diff.run(DiffConfig(cache=config.cache))
     assert (found["same_rows"], found["same"], found["changed"]) == (True, False, 1)
+
+
+def test_diff_takes_single_options_over_those_recorded(make, image_folder, tmp_path, make_jpeg):
+    lines = ["path,label,split"]
+    lines += [f"{f.relative_to(image_folder)},b,train" for f in image_folder.rglob("*.jpg")]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    dataset = {"kind": "table", "file": str(tmp_path / "t.csv"), "root": str(image_folder)}
+    config = make(dataset=dataset)
+    run(config)
+    other = tmp_path / "elsewhere"
+    shutil.copytree(image_folder, other)
+    next(other.rglob("*.jpg")).write_bytes(make_jpeg(20, 30, 77))
+    flags = ["--cache", str(config.cache), "--dataset.root", str(other)]
+    asked = DiffConfig.from_command_line(flags)
+    assert asked.dataset.record() == {
+        **Store.open(config.cache).attributes["dataset"],
+        "root": str(other),
+    }
+    found = diff.run(asked)
+    assert (found["num_rows"]["dataset"], found["changed"]) == (14, 1)
+    limited = DiffConfig.model_validate({"cache": config.cache, "dataset": {"limit": 3}})
+    assert diff.run(limited)["lost"] == 11
+    said = DiffConfig.from_command_line([*flags, "--dataset", "folder"])
+    assert said.dataset.record() == DATASETS["folder"](root=other).record()
+    with pytest.raises(ConfigError, match=r"^cache: Field required$"):
+        DiffConfig.from_command_line(flags[2:])
+    with pytest.raises(ValueError, match=r"dataset\.table\.delimiters"):
+        DiffConfig.model_validate({"cache": config.cache, "dataset": {"delimiters": 3}})
 
 
 def test_diff_without_a_known_dataset(written):

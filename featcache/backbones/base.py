@@ -60,6 +60,27 @@ class PixelSpec:
         return PreprocessIdentity(**asdict(self), mode=mode)
 
 
+class PixelInput:
+    """Turns batches of pixels into what a tower takes."""
+
+    def __init__(self, spec: PixelSpec, device: torch.device, precision: Precision) -> None:
+        self._device, self._dtype = device, DTYPES[precision]
+        self._mean = torch.tensor(spec.mean, device=device)[:, None, None]
+        self._std = torch.tensor(spec.std, device=device)[:, None, None]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised pixels on the device, in the tower's arithmetic.
+
+        Args:
+            pixels: (B, 3, H, W), uint8 in 0..255 or float32 already normalised; any device.
+        """
+        x = pixels.to(self._device, non_blocking=True)
+        if x.dtype == torch.uint8:
+            x = x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        # One memory layout, so that equal pixels give equal bytes.
+        return x.to(self._dtype).contiguous()
+
+
 @dataclass(frozen=True)
 class BackboneSpec:
     """Sizes of a backbone's features, known once it is open.

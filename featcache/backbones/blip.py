@@ -22,6 +22,7 @@ from featcache.backbones.base import (
     BackboneConfig,
     BackboneSpec,
     FeatureRequest,
+    PixelInput,
     PixelSpec,
 )
 from featcache.backbones.hugging_face import (
@@ -194,8 +195,7 @@ class Blip(Backbone):
         fuse_attention(model.vision_model)
         # torch computes a layer norm's statistics in float32, whatever the type of its input.
         self.model = model.to(device=device, dtype=DTYPES[precision])
-        self._mean = torch.tensor(pixels.mean, device=device)[:, None, None]
-        self._std = torch.tensor(pixels.std, device=device)[:, None, None]
+        self._prepare = PixelInput(pixels, device, precision)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None
@@ -207,11 +207,7 @@ class Blip(Backbone):
         """
         self.spec.require(request)
         with torch.inference_mode():
-            x = pixels.to(self.device, non_blocking=True)
-            if x.dtype == torch.uint8:
-                x = x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-            x = x.to(DTYPES[self.precision]).contiguous()
-            states, features = self._look(x, request)
+            states, features = self._look(self._prepare(pixels), request)
             first = states[:, 0]
             if request.projected:
                 features["projected"] = self.model.vision_proj(first)

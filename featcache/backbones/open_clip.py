@@ -23,9 +23,10 @@ from featcache.backbones.base import (
     BackboneConfig,
     BackboneSpec,
     FeatureRequest,
+    PixelInput,
     PixelSpec,
 )
-from featcache.backbones.towers import open_tower, pair, pool_tokens
+from featcache.backbones.towers import open_tower, pair, run_tower
 from featcache.backbones.weights import (
     LOAD_ERRORS,
     cast,
@@ -227,8 +228,7 @@ class OpenClip(Backbone):
             can_finish=self._tower.can_finish,
         )
         self.model = cast(model.to(device), DTYPES[precision])
-        self._mean = torch.tensor(pixels.mean, device=device)[:, None, None]
-        self._std = torch.tensor(pixels.std, device=device)[:, None, None]
+        self._prepare = PixelInput(pixels, device, precision)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None
@@ -239,20 +239,7 @@ class OpenClip(Backbone):
             BackboneError: if the tower does not offer a requested feature.
         """
         self.spec.require(request)
-        with torch.inference_mode():
-            x = pixels.to(self.device, non_blocking=True)
-            if x.dtype == torch.uint8:
-                x = x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-            # One memory layout, so that equal pixels give equal bytes.
-            x = x.to(DTYPES[self.precision]).contiguous()
-            features = self._tower(x, request)
-            if "tokens" in features:
-                assert self.spec.token_grid is not None
-                features["tokens"] = pool_tokens(
-                    features["tokens"], self.spec.token_grid, request.token_pool
-                )
-            features = {name: value.to(torch.float32) for name, value in features.items()}
-        return {name: value.clone() for name, value in features.items()}
+        return run_tower(self._tower, self._prepare, pixels, request)
 
     def tail(self, num_blocks: int) -> nn.Module:
         """Last blocks as a module; see `Backbone.tail`."""

@@ -22,10 +22,11 @@ from featcache.backbones.base import (
     BackboneConfig,
     BackboneSpec,
     FeatureRequest,
+    PixelInput,
     PixelSpec,
 )
 from featcache.backbones.tails import TimmTail
-from featcache.backbones.towers import TimmTrunk, layer_index, pool_tokens
+from featcache.backbones.towers import TimmTrunk, layer_index, run_tower
 from featcache.backbones.weights import LOAD_ERRORS, cast, random_seed, short_reason, weights_hash
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Precision, fingerprint
@@ -201,8 +202,7 @@ class Timm(Backbone):
             can_finish=self._tower.can_finish,
         )
         self.model = cast(model.to(self.device), DTYPES[precision])
-        self._mean = torch.tensor(pixels.mean, device=self.device)[:, None, None]
-        self._std = torch.tensor(pixels.std, device=self.device)[:, None, None]
+        self._prepare = PixelInput(pixels, self.device, precision)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None
@@ -213,19 +213,7 @@ class Timm(Backbone):
             BackboneError: if the model does not offer a requested feature.
         """
         self.spec.require(request)
-        with torch.inference_mode():
-            x = pixels.to(self.device, non_blocking=True)
-            if x.dtype == torch.uint8:
-                x = x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-            # One memory layout, so that equal pixels give equal bytes.
-            features = self._tower(x.to(DTYPES[self.precision]).contiguous(), request)
-            if "tokens" in features:
-                assert self.spec.token_grid is not None
-                features["tokens"] = pool_tokens(
-                    features["tokens"], self.spec.token_grid, request.token_pool
-                )
-            features = {name: value.to(torch.float32) for name, value in features.items()}
-        return {name: value.clone() for name, value in features.items()}
+        return run_tower(self._tower, self._prepare, pixels, request)
 
     def tail(self, num_blocks: int) -> nn.Module:
         """Last blocks as a module that returns pooled features; see `Backbone.tail`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featcache.backbones.base import FeatureRequest
+from featcache.backbones.base import FeatureRequest, PixelInput
 from featcache.backbones.tails import ClipTail, TimmTail, can_cut, kept_input
 
 
@@ -174,6 +174,21 @@ def open_tower(visual: Any) -> Tower:
         if isinstance(visual, kind):
             return tower(visual)
     return _Timm(visual) if isinstance(visual, TimmModel) else Tower(visual)
+
+
+def run_tower(
+    tower: Tower, prepare: PixelInput, pixels: Tensor, request: FeatureRequest
+) -> dict[str, Tensor]:
+    """float32 features of a batch of pixels; see `Backbone.encode_image`."""
+    with torch.inference_mode():
+        features = tower(prepare(pixels), request)
+        if "tokens" in features:
+            assert tower.token_grid is not None
+            features["tokens"] = pool_tokens(
+                features["tokens"], tower.token_grid, request.token_pool
+            )
+        features = {name: value.to(torch.float32) for name, value in features.items()}
+    return {name: value.clone() for name, value in features.items()}
 
 
 def pool_tokens(tokens: Tensor, grid: tuple[int, int], side: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featcache.backbones.base import DTYPES, PixelSpec
+from featcache.backbones.base import DTYPES, PixelInput, PixelSpec
 from featcache.backbones.hugging_face import (
     find_source,
     fuse_attention,
@@ -62,10 +62,8 @@ class Captioner:
         )
         fuse_attention(opened.vision_model)
         self.device = device
-        self.dtype = DTYPES[precision]
-        self.model = opened.to(device=device, dtype=self.dtype)
-        self._mean = torch.tensor(self.pixels.mean, device=device)[:, None, None]
-        self._std = torch.tensor(self.pixels.std, device=device)[:, None, None]
+        self.model = opened.to(device=device, dtype=DTYPES[precision])
+        self._prepare = PixelInput(self.pixels, device, precision)
 
     def captions(
         self, pixels: Tensor, *, prompt: str, num_beams: int, max_tokens: int
@@ -78,8 +76,7 @@ class Captioner:
             num_beams: width of the beam search; 1 = greedy.
             max_tokens: most tokens behind the prompt.
         """
-        x = pixels.to(self.device, non_blocking=True).to(torch.float32)
-        x = x.div_(255).sub_(self._mean).div_(self._std).to(self.dtype)
+        x = self._prepare(pixels)
         options: dict[str, Any] = {}
         start = 1
         if prompt:

@@ -48,18 +48,27 @@ class DatasetConfig(Config):
         """The whole dataset as a checked manifest."""
 
 
-def require_some_image(root: Path, paths: Sequence[str]) -> None:
+def require_some_image(
+    root: Path,
+    paths: Sequence[str],
+    advice: str = "set dataset.root to the folder that these paths start from",
+) -> None:
     """Checks a few paths, so that a wrong root is noticed at once.
 
     Single missing images are extraction's to report; looking for millions would take minutes.
 
+    Args:
+        root: where the paths start.
+        paths: the images'; none at all are for others to notice.
+        advice: what to do, for the message.
+
     Raises:
         DatasetError: if none of the first images is there.
     """
-    if not any((root / path).exists() for path in paths[:20]):
+    if paths and not any((root / path).exists() for path in paths[:20]):
         raise DatasetError(
             f"{root}: none of the first {min(20, len(paths))} images exists, e.g. {paths[0]}; "
-            "set dataset.root to the folder that these paths start from"
+            + advice
         )
 
 

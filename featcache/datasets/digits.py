@@ -1,7 +1,5 @@
 """Handwritten digits: the 1,797 real scans that come with scikit-learn, written out as PNG."""
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +8,7 @@ import pandas as pd
 from PIL import Image
 from pydantic import Field
 
+from featcache.datasets.png_files import whole_folder
 from featcache.datasets.splitting import SplitConfig
 from featcache.manifest import Manifest
 
@@ -60,18 +59,8 @@ class DigitsConfig(SplitConfig):
 
 def _write(folder: Path, scans: "np.typing.NDArray[np.float64]", size: int) -> None:
     """Writes all scans, dark ink on white, into `folder`; there is no folder until all are."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir()
-    try:
+    with whole_folder(folder) as partial:
         for number, scan in enumerate(scans):
             ink = np.rint(255 - scan * (255 / 16)).astype(np.uint8)
             image = Image.fromarray(ink).resize((size, size), Image.Resampling.BICUBIC)
             image.convert("RGB").save(partial / f"{number:04d}.png")
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster: its images are the same
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

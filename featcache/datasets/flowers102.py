@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import model_validator
 
-from featcache.datasets.base import DatasetConfig
+from featcache.datasets.base import DatasetConfig, require_some_image
 from featcache.datasets.flower_names import FLOWER_NAMES
 from featcache.datasets.split_json import SUFFIX, read_split_json
 from featcache.errors import DatasetError
@@ -59,13 +59,13 @@ class Flowers102Config(DatasetConfig):
         else:
             names, splits, labels = _official(base)
             classes = pd.DataFrame({"name": self._class_names()}, dtype=object)
-        if not any((base / "jpg" / name).exists() for name in names[:20]):
-            raise DatasetError(f"{base / 'jpg'}: found none of {names[0]}, …; check dataset.root")
+        paths = [f"jpg/{name}" for name in names]
+        require_some_image(base, paths)
         return Manifest.build(
             kind=self.kind + (SUFFIX if self.split == "few_shot" else ""),
             root=base,
             ids=names,
-            paths=[f"jpg/{name}" for name in names],
+            paths=paths,
             splits=splits,
             labels=pa.array([[label] for label in labels], pa.large_list(pa.int32())),
             classes=classes,

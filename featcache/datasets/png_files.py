@@ -2,7 +2,8 @@
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,35 @@ def write_png(
 
 
 def _write(folder: Path, arrays: Mapping[str, Any], paths: Mapping[str, list[str]]) -> None:
-    """There is no folder until all images are in it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
     total = sum(map(len, paths.values()))
     columns = ("writing PNG files", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = Console(stderr=True)  # standard output may be a result
+    with (
+        whole_folder(folder) as partial,
+        Progress(*columns, console=shown, disable=total <= _SILENT) as progress,
+    ):
+        bar = progress.add_task("images", total=total)
+        for split, pixels in arrays.items():
+            for row, path in enumerate(paths[split]):
+                file = partial / path
+                if row % _PER_FOLDER == 0:
+                    file.parent.mkdir(parents=True)
+                Image.fromarray(pixels[row]).save(file, compress_level=1)
+                progress.advance(bar)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name `folder` at the end: there is none until it is whole.
+
+    Raises:
+        OSError: if it cannot be made or renamed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
     try:
-        shown = Console(stderr=True)  # standard output may be a result
-        with Progress(*columns, console=shown, disable=total <= _SILENT) as progress:
-            bar = progress.add_task("images", total=total)
-            for split, pixels in arrays.items():
-                for row, path in enumerate(paths[split]):
-                    file = partial / path
-                    if row % _PER_FOLDER == 0:
-                        file.parent.mkdir(parents=True)
-                    Image.fromarray(pixels[row]).save(file, compress_level=1)
-                    progress.advance(bar)
+        yield partial
         try:
             partial.rename(folder)
         except OSError:  # another process was faster: its images are the same

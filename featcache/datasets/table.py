@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featcache.datasets.base import require_some_image
 from featcache.datasets.splitting import ALIASES, SplitConfig, rarest_label
 from featcache.errors import DatasetError
 from featcache.manifest import Manifest, Task
@@ -90,7 +91,9 @@ class TableConfig(SplitConfig):
         task: Task = "multi_label" if columns.labels else "single_label"
         if not len(values):
             task = "unlabelled"
-        _check_images(table, root, paths)
+        require_some_image(
+            root, paths, f"check dataset.root, and dataset.path_column of {self.file}"
+        )
         return Manifest.build(
             kind=self.kind,
             root=root,
@@ -429,12 +432,3 @@ def _merge(
         if captions is not None:
             captions[one] += captions[row]
     return list(first.values())
-
-
-def _check_images(table: Table, root: Path, paths: Sequence[str]) -> None:
-    """A wrong root is noticed here; single missing images are extraction's to report."""
-    if not any((root / path).exists() for path in paths[:20]):
-        table.fail(
-            f"none of the first {min(20, len(paths))} images exists, e.g. {root / paths[0]}; "
-            "check dataset.root and dataset.path_column"
-        )

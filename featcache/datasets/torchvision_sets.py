@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from featcache.datasets.array_sets import ARRAY_SETS
+from featcache.datasets.base import require_some_image
 from featcache.datasets.folder import FolderConfig
 from featcache.datasets.label_lists import one_or_none
 from featcache.datasets.listed_sets import (
@@ -101,10 +102,7 @@ class TorchvisionConfig(SplitConfig):
             found = LISTED_SETS[self.name](self.root, Variant(self.partition, self.level))
         if not found.paths:
             raise DatasetError(f"{found.base}: found no images of {self.name}; check dataset.root")
-        if not any((found.base / path).exists() for path in found.paths[:20]):
-            raise DatasetError(
-                f"{found.base}: found none of {found.paths[0]}, …; check dataset.root"
-            )
+        require_some_image(found.base, found.paths)
         labels = np.asarray(found.labels, np.int64)
         return Manifest.build(
             kind=kind,

@@ -33,6 +33,10 @@ class StorageDeniedError(StorageError):
     """An object store does not let these credentials do what is needed."""
 
 
+class CacheFormatError(CacheError):
+    """A feature cache that another version wrote, and this one cannot read."""
+
+
 class CacheMismatchError(UserError, ValueError):
     """A cache holds something else than what is asked for; the message names the first field."""
 

@@ -16,7 +16,7 @@ import torch
 
 from featcache.backbones.base import Backbone
 from featcache.config import run_job
-from featcache.errors import CacheCorruptError, ConfigError
+from featcache.errors import CacheCorruptError, CacheFormatError, ConfigError
 from featcache.extract_config import (
     ExtractConfig,
     ExtractReport,
@@ -211,9 +211,11 @@ def _existing(config: ExtractConfig) -> Store | None:
         return Store.open(config.cache, write=True)
     try:
         Store.open(config.cache)  # deletes caches only, not whatever a path happens to name
-        swap.clear(config.cache)
     except CacheCorruptError as error:
         print(f"restart: deleting a damaged cache ({error})")
+    except CacheFormatError as error:
+        print(f"restart: deleting a cache of another version ({error})")
+    swap.clear(config.cache)
     delete_cache(config.cache)
     return None
 

@@ -342,8 +342,14 @@ class Store:
         return [shard for shard in self.shards() if shard.index not in done[shard.kind]]
 
     def update_attributes(self, **values: Any) -> None:
-        """Changes attributes of the group, atomically."""
+        """Changes attributes of the group, atomically.
+
+        Raises:
+            CacheError: if another process took over the right to write a cache in a store.
+        """
         assert self.writable, f"{self.path} is open for reading"
+        if self.mirror is not None:
+            self.mirror.flush()  # says so before the root is touched, which is the other's by now
         document = read_document(self.folder, "", self.mirror)
         self.attributes = {**document["attributes"]["featcache"], **values}
         document["attributes"]["featcache"] = self.attributes

@@ -6,8 +6,11 @@ on nothing else, so an update that was killed ends with the same bytes as one th
 """
 
 import contextlib
+import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ from featcache.growing.donors import BoolArray, Donor, IntArray
 from featcache.growing.row_keys import Keys
 from featcache.growing.survey import ENCODE, FOLLOW, Reuse, Survey
 from featcache.image_bytes import read_bytes
+from featcache.layout.cache_plan import human_bytes
+from featcache.layout.chunks import PARTIAL, make_folder
 from featcache.manifest import Manifest
 from featcache.pipeline import ShardWriter, Timings
 from featcache.row_block import RowBlock
@@ -296,8 +301,7 @@ class _Parts:
         """Rows that others repeat, on disk: there may be many of them, and tokens are big."""
         if name not in self._kept:
             shape = (len(self._leaders), *like.shape[1:])
-            with tempfile.TemporaryFile() as file:
-                self._kept[name] = np.memmap(file, like.dtype, "w+", shape=shape)
+            self._kept[name] = _scratch(self.store.folder, shape, like.dtype)
         return self._kept[name]
 
     def _go_out(
@@ -344,3 +348,26 @@ class _Parts:
         for start, end in edges.reshape(-1, 2).tolist():
             for piece in range(start, end, most):
                 yield first + piece, first + min(piece + most, end)
+
+
+def _scratch(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array in a file without a name, on the disk of `folder`; gone when the array goes.
+
+    Not in the system's temporary folder, which may be small or made of memory.
+
+    Raises:
+        CacheError: if the disk is full.
+    """
+    make_folder(folder)
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        # Where it has a name for a moment, the next writer knows it for a half-written file.
+        with tempfile.TemporaryFile(suffix=PARTIAL, dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # room that is missing later kills the process
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return np.memmap(file, dtype, "w+", shape=shape)
+    except OSError as error:
+        raise CacheError(
+            f"{folder}: {error.strerror} (for {human_bytes(num_bytes)} of rows that others "
+            "repeat); what is written stays, the same command resumes"
+        ) from error

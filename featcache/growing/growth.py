@@ -170,11 +170,12 @@ def describe(found: Survey, text: bool) -> str:
 def history(old: Store, changes: Changes, fingerprint: str) -> list[dict[str, Any]]:
     """The states that an update of `old` has behind it, oldest first.
 
-    Only complete ones count, and only those that differ from the next one in their identity.
+    Only those that were complete once count (a shard that was tried again and not finished takes
+    that away, not what was trained on it), and only if the next one's identity is another.
     """
     entries: list[dict[str, Any]] = list(old.attributes.get("history", []))
     before = old.attributes["fingerprint"]
-    if not old.complete or before == fingerprint:
+    if "summary" not in old.attributes or before == fingerprint:  # `finish` puts it there
         return entries
     entry = {
         "fingerprint": before,

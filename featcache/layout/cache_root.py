@@ -7,12 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from featcache.errors import CacheCorruptError, CacheError
+from featcache.errors import CacheCorruptError, CacheError, CacheFormatError
 from featcache.identity import Identity
 from featcache.layout.cache_plan import FORMAT
 from featcache.layout.chunks import PARTIAL, unsealed
 from featcache.storage import Entry, StoreUrl, locate
 
+_MARKS = {"identity", "fingerprint"}
+"""Attributes that a cache of any format is known by."""
 _HOW = "python -m featcache.extract writes one"
 
 
@@ -77,7 +79,8 @@ def checked_attributes(raw: bytes, path: str) -> dict[str, Any]:
     """The cache's attributes out of its root `zarr.json`; `path` is for messages.
 
     Raises:
-        CacheError: if it is no cache, or one of another format.
+        CacheError: if it is no cache.
+        CacheFormatError: if it is one of another format, or its identity has other fields.
         CacheCorruptError: if it is damaged.
     """
     file = f"{path}/zarr.json"
@@ -86,21 +89,23 @@ def checked_attributes(raw: bytes, path: str) -> dict[str, Any]:
         found = json.loads(raw).get("attributes", {}).get("featcache")
     except (ValueError, AttributeError):
         raise CacheCorruptError(f"{file}: not the JSON of a Zarr v3 group") from None
-    if not isinstance(found, dict):
+    ours = isinstance(found, dict) and (found.get("format") == FORMAT or found.keys() >= _MARKS)
+    if not ours:  # strictly: `--restart` deletes what is ours
         raise CacheError(f"{path}: a Zarr store, but not a feature cache; {_HOW}")
     if found.get("format") != FORMAT:
-        raise CacheError(
+        raise CacheFormatError(
             f"{path}: cache format {found.get('format')!r}, this version reads {FORMAT}; "
-            "extract it anew, or use the version that wrote it"
+            "extract it anew (--restart), or use the version that wrote it"
         )
     attributes = unsealed(raw, "", file)["attributes"]["featcache"]
     try:
         identity = Identity.model_validate(attributes["identity"])
     except ValidationError as error:
         first = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise CacheError(
+        raise CacheFormatError(
             f"{file}: {first} of the identity is not what this version expects; use the version "
-            f"that wrote the cache ({attributes['versions'].get('featcache')}), or extract anew"
+            f"that wrote the cache ({attributes.get('versions', {}).get('featcache')}), or extract "
+            "anew (--restart)"
         ) from None
     if identity.fingerprint() != attributes["fingerprint"]:
         raise CacheCorruptError(

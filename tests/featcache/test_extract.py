@@ -21,6 +21,7 @@ from featcache.errors import (
 )
 from featcache.extract import ExtractConfig, plan, run
 from featcache.extraction import Extraction
+from featcache.layout.chunks import sealed
 from featcache.reader import open_cache
 from featcache.store import Store, verify
 
@@ -403,6 +404,33 @@ def test_restart_deletes_caches_only(make, tmp_path):
     with pytest.raises(CacheError, match="not a feature cache"):
         run(config)
     assert (config.cache / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("change", ["format", "identity"])
+def test_restart_replaces_a_cache_of_another_version(make, capsys, change):
+    config = make()
+    run(config)
+    root = config.cache / "zarr.json"
+    document = json.loads(root.read_bytes())
+    attributes = document["attributes"]["featcache"]
+    if change == "format":
+        attributes["format"] = 0
+    else:
+        attributes["identity"]["features"]["smell"] = True
+    root.write_bytes(sealed("", document))
+    stale = config.cache.with_name("cache.donor-0123abcd")
+    shutil.copytree(config.cache, stale)
+    with pytest.raises(CacheError, match="--restart"):
+        run(config)
+    assert run(make(restart=True)).num_extracted == 14
+    assert "restart: deleting a cache of another version (" in capsys.readouterr().out
+    assert not stale.exists()
+    attributes.clear()  # somebody's own group of that name
+    attributes["format"] = 0
+    root.write_bytes(sealed("", document))
+    with pytest.raises(CacheError, match="not a feature cache"):
+        run(make(restart=True))
+    assert root.exists()
 
 
 def test_a_file_in_the_way_of_the_cache(make, tmp_path):

@@ -1,5 +1,10 @@
 """What lies beside or inside a cache from before, and must not find its way into an update."""
 
+import errno
+import os
+import shutil
+import tempfile
+
 import numpy as np
 import pytest
 
@@ -7,7 +12,7 @@ from featcache.errors import CacheError
 from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
 from featcache.storage import locate
-from featcache.store import verify
+from featcache.store import Store, verify
 
 
 @pytest.fixture
@@ -113,3 +118,43 @@ def test_an_open_cache_in_a_store_does_not_mix_images_of_before_and_after_a_rech
         with pytest.raises(CacheError, match="updated while open"):
             cache.array("image/pooled")
         assert open_cache(config.cache).fingerprint == cache.fingerprint
+
+
+def test_rows_that_others_repeat_wait_on_the_caches_own_disk(
+    make, bucket, image_folder, make_jpeg, monkeypatch, tmp_path
+):
+    remote = f"{bucket}/birds"
+    for cache in ("cache", remote):
+        run(make(cache))
+    (image_folder / "train/cat/a.jpg").write_bytes(make_jpeg(40, 40, 1))
+    shutil.copy(image_folder / "train/cat/a.jpg", image_folder / "train/cat/b.jpg")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(CacheError, match=r"cache\.next: No space left on device \(for "):
+            run(make("cache"))
+    for cache in ("cache", remote):
+        assert run(make(cache)).num_extracted == 1
+        assert verify(make(cache).cache) == []
+        grown = open_cache(make(cache).cache)
+        first, second = (grown.ids.index(f"train/cat/{name}.jpg") for name in "ab")
+        features = grown.array("image/projected").read()
+        assert features[first].tobytes() == features[second].tobytes()
+
+
+def test_a_state_that_was_complete_is_remembered_although_a_retry_was_killed(
+    make, image_folder, make_jpeg
+):
+    config = make()
+    fingerprint = run(config).fingerprint
+    store = Store.open(config.cache, write=True)
+    store.mark_pending(store.shards("image")[1])  # what `--retry_invalid` begins with
+    assert not Store.open(config.cache).complete
+    (image_folder / "train/cat/zz.jpg").write_bytes(make_jpeg(40, 40, 1))
+    run(config)
+    (entry,) = open_cache(config.cache).history
+    assert (entry["fingerprint"], entry["num_rows"]) == (fingerprint, 14)

@@ -85,6 +85,7 @@ def test_a_stale_lock_is_taken_over_and_its_former_holder_stops(
             time.sleep(0.02)
         with pytest.raises(CacheError, match="the right to write was lost, since another process"):
             store.update_attributes(note=2)
+        assert Store.open(url).attributes["note"] == 1
     assert locate(url.parent).exists("birds.lock")  # not ours to delete
 
 

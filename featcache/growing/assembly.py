@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from featcache.backbones.base import Backbone
 from featcache.errors import CacheError
 from featcache.extract_config import ExtractConfig
 from featcache.extraction import Extraction, invalid_rows
-from featcache.growing.donors import BoolArray, Donor, IntArray
+from featcache.growing.donors import BoolArray, Donor, IntArray, Written
 from featcache.growing.row_keys import Keys
 from featcache.growing.survey import ENCODE, FOLLOW, Reuse, Survey
 from featcache.image_bytes import read_bytes
 from featcache.layout.cache_plan import human_bytes
 from featcache.layout.chunks import PARTIAL, make_folder
 from featcache.manifest import Manifest
+from featcache.mirror import PARALLEL
 from featcache.pipeline import ShardWriter, Timings
 from featcache.row_block import RowBlock
 from featcache.storage import locate
@@ -59,6 +61,7 @@ class Assembly(Extraction):
         super().__init__(config, manifest, backbone, store, batch_size, resources)
         self.donors = donors
         self.survey = survey
+        self._written = Written(store)
 
     @property
     def _num_copied(self) -> int:
@@ -76,7 +79,8 @@ class Assembly(Extraction):
         timings = Timings()
         block = self.manifest.block(shard.start, shard.stop)
         content = self.survey.content[shard.start : shard.stop].copy()
-        parts = _Parts(self.store, shard, self._reuse("image"), self.donors, content)
+        self._written.forget(shard)
+        parts = _Parts(self.store, shard, self._reuse("image"), self.donors, self._written, content)
         valid, reasons = parts.known_readable()
         new = RowBlock(0, block.rows.take(parts.new))
         with ShardWriter(self.store, shard) as writer:
@@ -105,7 +109,8 @@ class Assembly(Extraction):
 
     def _extract_text(self, shard: Shard) -> tuple[Timings, list[dict[str, Any]]]:
         timings = Timings()
-        parts = _Parts(self.store, shard, self._reuse("text"), self.donors)
+        self._written.forget(shard)
+        parts = _Parts(self.store, shard, self._reuse("text"), self.donors, self._written)
         captions = self.manifest.captions(shard.start, shard.stop) if len(parts.new) else []
         with ShardWriter(self.store, shard) as writer:
             parts.link()
@@ -152,6 +157,7 @@ class _Parts:
         shard: Shard,
         reuse: Reuse,
         donors: Sequence[Donor],
+        written: Written,
         content: Keys | None = None,
     ) -> None:
         """Decides everything; writes nothing.
@@ -161,6 +167,7 @@ class _Parts:
             shard: its rows.
             reuse: where all rows come from.
             donors: caches that `reuse` counts.
+            written: what earlier shards of `store` hold.
             content: (n,) what the shard's files hold, to check rows of earlier shards by.
         """
         self.store = store
@@ -171,7 +178,7 @@ class _Parts:
         self.source = reuse.source[shard.start : shard.stop].copy()
         arrays = store.attributes["arrays"][shard.kind]
         self.names = [name for name in arrays if not name.startswith("rows/")]
-        self._written: Donor | None = None
+        self._written = written
         self._doubt_earlier(content)
         self._linked = {name: self._linkable(name) for name in self.names}
         self._doubt_damaged()
@@ -201,13 +208,18 @@ class _Parts:
 
     def link(self) -> None:
         """Links the chunk files whose rows all sit in one chunk file of a donor."""
+        todo = []
         for name, chunks in self._linked.items():
             files = self.store.files(name)
             for chunk, (number, source) in chunks.items():
                 donor = self.donors[number].store
                 if donor.path != self.store.path:
-                    key = donor.files(name).key(source)
-                    locate(donor.path).copy(key, locate(self.store.path), files.key(chunk))
+                    todo.append((donor.path, donor.files(name).key(source), files.key(chunk)))
+        target = locate(self.store.path)
+        # A store copies by itself, and one copy after the other would wait for its answers.
+        with ThreadPoolExecutor(1 if self.store.mirror is None else PARALLEL) as pool:
+            for _ in pool.map(lambda one: locate(one[0]).copy(one[1], target, one[2]), todo):
+                pass  # raises the first error
 
     def put(
         self, writer: ShardWriter, places: IntArray, stored: Mapping[str, npt.NDArray[Any]]
@@ -233,7 +245,7 @@ class _Parts:
         follows = np.flatnonzero((self.donor == FOLLOW) & (self.source < self.shard.start))
         if not len(follows):
             return
-        self._written = Donor(self.store)
+        self._written.learn(self.shard.kind, self.source[follows])
         if content is None:
             good = self._written.captions_done[self.source[follows]]
         else:
@@ -338,7 +350,6 @@ class _Parts:
             kept = np.searchsorted(self._leaders, source[follows[within]] - self.shard.start)
             out[follows[within]] = self._kept[name][kept]
         if not within.all():
-            assert self._written is not None, "rows of earlier shards are followed"
             out[follows[~within]] = self._written.take(name, source[follows[~within]])
 
     def _runs(self, name: str, first: int, stop: int, most: int) -> Iterator[tuple[int, int]]:

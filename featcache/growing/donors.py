@@ -1,5 +1,7 @@
 """Caches whose rows a new cache takes over, and how it finds them."""
 
+import threading
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy.typing as npt
 
 from featcache.errors import CacheCorruptError
 from featcache.growing.row_keys import Index, Keys, RowKeys
-from featcache.layout.cache_plan import ShardKind
+from featcache.layout.cache_plan import Shard, ShardKind
 from featcache.layout.chunks import ArrayFiles
 from featcache.layout.mapping import map_chunks
 from featcache.reader import Cache
@@ -93,7 +95,11 @@ class Donor:
         for name in self.store.attributes["arrays"][kind]:
             files = self.store.files(name)
             chunks = rows // files.chunk_rows
-            for chunk in np.unique(chunks).tolist():
+            wanted = np.unique(chunks).tolist()
+            if files.remote is not None:
+                with suppress(CacheCorruptError):  # which one it is, is found below
+                    files.fetch([chunk for chunk in wanted if (name, chunk) not in self._intact])
+            for chunk in wanted:
                 key = name, chunk
                 if key not in self._intact:
                     problem = _problem(files, chunk)
@@ -103,6 +109,59 @@ class Donor:
                 if not self._intact[key]:
                     result[chunks == chunk] = False
         return result
+
+
+class Written(Donor):
+    """The cache under way as a donor of its own: later shards repeat rows of earlier ones.
+
+    It knows nothing at first, and reads each shard once, when a row of it is wanted.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Reads nothing."""
+        self.store = store
+        num_rows = store.attributes["num_rows"]
+        self.done: BoolArray = np.zeros(num_rows, np.bool_)
+        self.valid: BoolArray = np.zeros(num_rows, np.bool_)
+        self.content: Keys = np.zeros(num_rows, np.uint64)
+        self.stamp: Keys = np.zeros(num_rows, np.uint64)
+        self.captions_done: BoolArray = np.zeros(store.attributes["num_captions"], np.bool_)
+        self._intact: dict[tuple[str, int], bool] = {}
+        self._lock = threading.RLock()  # shards may be written by several threads
+
+    def learn(self, kind: ShardKind, rows: IntArray) -> None:
+        """Looks which of the shards that hold `rows` are done by now.
+
+        Raises:
+            CacheCorruptError: naming a file of a done shard that is missing.
+        """
+        with self._lock:
+            known = self.done if kind == "image" else self.captions_done
+            wanted = np.unique(rows[~known[rows]])
+            ranges = np.asarray(self.store.attributes["shards"][kind], np.int64).reshape(-1, 2)
+            for index in np.unique(np.searchsorted(ranges[:, 1], wanted, "right")).tolist():
+                if not any(self.store.each_report(kind, only=index)):
+                    continue
+                start, stop = ranges[index].tolist()
+                if kind == "image":
+                    here = np.arange(start, stop)
+                    self.valid[start:stop] = self.take("rows/valid", here)
+                    content = self.take("rows/content", here)
+                    self.content[start:stop] = np.where(self.valid[start:stop], content, 0)
+                known[start:stop] = True
+
+    def forget(self, shard: Shard) -> None:
+        """Forgets a shard that is about to be written again."""
+        rows = slice(shard.start, shard.stop)
+        with self._lock:
+            if shard.kind == "image":
+                self.done[rows] = self.valid[rows] = False
+                self.content[rows] = 0
+            else:
+                self.captions_done[rows] = False
+            for name in self.store.attributes["arrays"][shard.kind]:
+                for chunk in self.store.files(name).chunks_of(shard.start, shard.stop):
+                    self._intact.pop((name, chunk), None)
 
 
 def _problem(files: ArrayFiles, chunk: int) -> str | None:

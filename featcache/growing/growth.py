@@ -252,7 +252,12 @@ def _linked_bytes(plan: CachePlan, reuse: Reuse, prefix: str, donors: Sequence[D
             there and donor.store.files(array.path).chunk_rows == array.chunk_rows
             for there, donor in zip(same, donors, strict=True)
         ]
-        whole &= np.asarray(same)[np.maximum(reuse.donor[starts], 0)]
+        donor = np.maximum(reuse.donor[starts], 0)
+        whole &= np.asarray(same)[donor]
+        if array.shape[0] % array.chunk_rows and whole[-1]:
+            # The last chunk is filled up: it can only be linked where it ends the same way.
+            end = donors[donor[-1]].store.files(array.path).shape[0]
+            whole[-1] = int(reuse.source[-1]) + 1 == end
         total += int(whole.sum()) * (array.num_bytes // len(starts))
     return total
 

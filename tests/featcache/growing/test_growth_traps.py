@@ -10,6 +10,8 @@ import pytest
 
 from featcache.errors import CacheError
 from featcache.extract import ExtractConfig, run
+from featcache.growing import growth
+from featcache.growing.donors import Donor, Written
 from featcache.reader import open_cache
 from featcache.storage import locate
 from featcache.store import Store, verify
@@ -158,3 +160,53 @@ def test_a_state_that_was_complete_is_remembered_although_a_retry_was_killed(
     run(config)
     (entry,) = open_cache(config.cache).history
     assert (entry["fingerprint"], entry["num_rows"]) == (fingerprint, 14)
+
+
+@pytest.mark.parametrize("lost", ["val/dog/13.jpg", "train/cat/00.jpg"])
+def test_room_is_reckoned_for_all_that_will_not_be_linked(make, image_folder, monkeypatch, lost):
+    config = make(features={"pooled": True})
+    run(config)
+    told: list[int] = []
+    original = growth.create
+
+    def noted(path, plan, linked_bytes):
+        told.append(linked_bytes)
+        return original(path, plan, linked_bytes)
+
+    monkeypatch.setattr(growth, "create", noted)
+    before = open_cache(config.cache).ids
+    (image_folder / lost).unlink()
+    inodes = {file.stat().st_ino for file in (config.cache / "image").rglob("c/*/*")}
+    run(config)
+    assert open_cache(config.cache).num_rows == len(before) - 1
+    linked = [
+        file.stat().st_size
+        for file in (config.cache / "image").rglob("c/*/*")
+        if file.stat().st_ino in inodes
+    ]
+    assert told == [sum(linked)]
+
+
+def test_rows_of_earlier_shards_are_read_once(make, image_folder, make_jpeg, monkeypatch, tmp_path):
+    config = make()
+    run(config)
+    for number in range(9):  # one picture in new shards, one behind the other
+        (image_folder / f"val/dog/z{number}.jpg").write_bytes(make_jpeg(40, 40, 7))
+    asked: list[str] = []
+    original = Donor.take
+
+    def noted(self, name, rows):
+        if isinstance(self, Written):
+            asked.append(name)
+        return original(self, name, rows)
+
+    monkeypatch.setattr(Donor, "take", noted)
+    assert run(config).num_extracted == 1
+    assert asked.count("rows/content") == 1
+    assert asked.count("image/projected") >= 2
+    run(make("fresh"))
+    grown, fresh = (open_cache(tmp_path / name) for name in ("cache", "fresh"))
+    assert grown.ids == fresh.ids
+    assert verify(config.cache) == []
+    features = grown.array("image/projected").read()
+    np.testing.assert_allclose(features, fresh.array("image/projected").read(), atol=1e-6)

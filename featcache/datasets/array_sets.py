@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from featcache.datasets.path_lists import read_lines
 from featcache.errors import DatasetError
 from featcache.formats.mat_file import read_mat
 from featcache.formats.safe_pickle import load_plain_pickle
@@ -111,7 +112,7 @@ def read_cifar10(root: Path) -> ArraySet:
         names = _pickled(python / "batches.meta", "label_names")
         return _cifar_pickles(python, files, "labels", names)
     binary = base_folder(root, "cifar-10-batches-bin")
-    names = _lines(binary / "batches.meta.txt")
+    names = _names(binary / "batches.meta.txt")
     return _cifar_binary(binary, {s: [f"{n}.bin" for n in f] for s, f in files.items()}, 1, names)
 
 
@@ -127,7 +128,7 @@ def read_cifar100(root: Path) -> ArraySet:
         }
     else:
         base = base_folder(root, "cifar-100-binary")
-        fine, coarse = (_lines(base / f"{k}_label_names.txt") for k in ("fine", "coarse"))
+        fine, coarse = (_names(base / f"{k}_label_names.txt") for k in ("fine", "coarse"))
         found = _cifar_binary(base, {"train": ["train.bin"], "test": ["test.bin"]}, 2, fine)
         groups = {
             split: _records(base / f"{split}.bin", 2)[:, 0].astype(np.int64)
@@ -222,14 +223,12 @@ def read_stl10(root: Path) -> ArraySet:
             raise DatasetError(f"{base / f'{split}_X.bin'}: no whole images; download it again")
         pixels[split] = data.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
         labels[split] = np.fromfile(base / f"{split}_y.bin", np.uint8).astype(np.int64) - 1
-    names = _lines(base / "class_names.txt")
+    names = _names(base / "class_names.txt")
     return _checked(base, ArraySet(pixels, labels, pd.DataFrame({"name": names}, dtype=object)))
 
 
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise DatasetError(f"{file}: no such file; expected the class names, one a line")
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+def _names(file: Path) -> list[str]:
+    return [line.text for line in read_lines(file, "the class names, one a line")]
 
 
 def _checked(base: Path, found: ArraySet) -> ArraySet:

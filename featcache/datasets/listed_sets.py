@@ -15,10 +15,12 @@ import pandas as pd
 from featcache.datasets.array_sets import base_folder
 from featcache.datasets.car_names import car_metadata
 from featcache.datasets.folder import entries, images_below
+from featcache.datasets.path_lists import read_lines, read_text
 from featcache.datasets.readable_names import eurosat_metadata, sun397_metadata
 from featcache.errors import DatasetError
 from featcache.formats.mat_file import read_mat
 
+_WHAT = "a list of the set; check dataset.root and dataset.name"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
@@ -94,7 +96,7 @@ def read_food101(root: Path, variant: Variant) -> ListedSet:
     for split in ("train", "test"):
         file = base / "meta" / f"{split}.json"
         try:
-            listed = json.loads(_text(file))
+            listed = json.loads(read_text(file, _WHAT))
         except json.JSONDecodeError as error:
             raise DatasetError(f"{file}: not JSON ({error})") from None
         if not isinstance(listed, dict) or not all(isinstance(p, list) for p in listed.values()):
@@ -292,20 +294,11 @@ def _ranked(base: Path, rows: list[tuple[str, str, str]]) -> ListedSet:
     )
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, NotADirectoryError):
-        raise DatasetError(f"{file}: no such file; check dataset.root and dataset.name") from None
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{file}: not UTF-8 ({error.reason})") from None
-
-
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """(place, text) of the lines with something on them, comments left out."""
-    for number, line in enumerate(_text(file).splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
-            yield f"{file} line {number}", line.strip()
+    for line in read_lines(file, _WHAT):
+        if not line.text.startswith("#"):
+            yield line.place, line.text
 
 
 LISTED_SETS: dict[str, Callable[[Path, Variant], ListedSet]] = {

@@ -22,10 +22,12 @@ class Line:
     """A line that is not empty.
 
     Attributes:
-        number: counted from 1.
-        text: without the line's end and the blanks before it.
+        place: file and number, counted from 1, for messages.
+        number: the same number.
+        text: without the blanks around it.
     """
 
+    place: str
     number: int
     text: str
 
@@ -47,8 +49,8 @@ class PathList:
     labels: list[list[int]]
 
 
-def read_lines(file: Path, what: str) -> list[Line]:
-    """Lines of a text file that are not empty.
+def read_text(file: Path, what: str) -> str:
+    """A text file's content.
 
     Args:
         file: the file.
@@ -58,14 +60,22 @@ def read_lines(file: Path, what: str) -> list[Line]:
         DatasetError: no such file, or not UTF-8.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DatasetError(f"{file}: no such file; expected {what}") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+
+
+def read_lines(file: Path, what: str) -> list[Line]:
+    """Lines of a text file that are not empty; see `read_text`."""
     # Not splitlines(): it would also cut captions at form feeds and Unicode's own separators.
-    lines = re.split(r"\r\n|\n|\r", text)
-    return [Line(n, line.rstrip()) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = re.split(r"\r\n|\n|\r", read_text(file, what))
+    return [
+        Line(f"{file} line {number}", number, line.strip())
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
 def read_names(file: Path) -> dict[int, str]:
@@ -80,13 +90,11 @@ def read_names(file: Path) -> dict[int, str]:
         name = " ".join(words)
         if not name or not _INTEGER.fullmatch(last):
             raise DatasetError(
-                f"{file} line {line.number}: found {line.text!r}; expected a class name, a blank "
-                "and its id"
+                f"{line.place}: found {line.text!r}; expected a class name, a blank and its id"
             )
         if int(last) in names or name in names.values():
             raise DatasetError(
-                f"{file} line {line.number}: {line.text!r} repeats an id or a name; expected each "
-                "once"
+                f"{line.place}: {line.text!r} repeats an id or a name; expected each once"
             )
         names[int(last)] = name
     return names
@@ -123,8 +131,8 @@ def read_path_list(file: Path, num_classes: int) -> PathList:
     numbers, paths, labels = [], [], []
     first: dict[str, int] = {}
     for line in read_lines(file, "lines of an image's path and its class ids"):
-        path, rest = _cut(line.text.strip(), None)
-        where = f"{file} line {line.number}"
+        path, rest = _cut(line.text, None)
+        where = line.place
         row = []
         for field in rest.split():
             if not _INTEGER.fullmatch(field):
@@ -164,14 +172,14 @@ def read_captions(file: Path, known: Collection[str] | None = None) -> dict[str,
     captions: dict[str, list[str]] = {}
     lines = read_lines(file, "lines of an image's path and its caption")
     for line in lines:
-        path, text = _cut(line.text.strip(), known)
+        path, text = _cut(line.text, known)
         if known is not None and path not in known:
             continue
         found = captions.setdefault(path, [])
         if text:
             found.append(text)
     if known is not None and lines and not captions:
-        path = _cut(lines[0].text.strip(), None)[0]
+        path = _cut(lines[0].text, None)[0]
         raise DatasetError(
             f"{file}: no caption is of a listed image, the first is of {path}; expected paths as "
             "in the image lists"

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featcache.datasets.base import require_some_image
+from featcache.datasets.path_lists import read_lines
 from featcache.datasets.splitting import ALIASES, SplitConfig, rarest_label
 from featcache.errors import DatasetError
 from featcache.manifest import Manifest, Task
@@ -302,13 +303,7 @@ def read_classes(file: Path) -> pd.DataFrame:
             dtype=object,
         )
     else:
-        if not file.is_file():
-            raise DatasetError(f"{file}: no such file; expected class names, one a line")
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from None
-        names = [line.strip() for line in lines if line.strip()]
+        names = [line.text for line in read_lines(file, "class names, one a line")]
         frame = pd.DataFrame({"name": names}, dtype=object)
     repeated = frame["name"][frame["name"].duplicated()]
     if len(repeated):

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ import pandas as pd
 from featcache.datasets.base import DatasetConfig
 from featcache.datasets.folder import entries, images_below, split_folders
 from featcache.datasets.label_lists import one_or_none
+from featcache.datasets.path_lists import read_lines
 from featcache.errors import DatasetError
 from featcache.manifest import Manifest
 
@@ -171,7 +171,8 @@ class _Names:
 def _read_names(file: Path, numbers: str) -> _Names:
     texts: dict[str, list[str]] = {}
     given: dict[int, str] = {}
-    for place, line in _lines(file):
+    for each in read_lines(file, "lines n02119789 1 kit_fox"):
+        place, line = each.place, each.text
         wordnet_id, _, rest = line.partition(" ")
         number, _, name = rest.strip().partition(" ")
         if not _WORDNET_ID.fullmatch(wordnet_id) or not rest.strip():
@@ -196,7 +197,8 @@ def _read_names(file: Path, numbers: str) -> _Names:
 
 def _read_val_labels(file: Path, files: list[str], names: _Names) -> dict[str, str]:
     """WordNet id of each file of a flat val folder."""
-    lines = list(_lines(file))
+    what = "the classes of val, as dataset.val_labels says"
+    lines = [(line.place, line.text) for line in read_lines(file, what)]
     if not lines or lines[0][1].split(",")[0] != "ImageId":
         if len(lines) != len(files):
             raise DatasetError(f"{file}: {len(lines)} labels for {len(files)} images of val")
@@ -222,16 +224,3 @@ def _read_val_labels(file: Path, files: list[str], names: _Names) -> dict[str, s
     if unknown:
         raise DatasetError(f"{file}: no class for {unknown[0]} and {len(unknown) - 1} more of val")
     return {name: by_stem[Path(name).stem] for name in files}
-
-
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """(place, text) of the lines with something on them."""
-    if not file.is_file():
-        raise DatasetError(f"{file}: no such file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{file}: not UTF-8 ({error.reason})") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield f"{file} line {number}", line.strip()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError, DatasetError
+from featcache.formats.image_names import IMAGE_SUFFIXES
 from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
@@ -32,9 +33,6 @@ from heads.encoding import encode_files
 from heads.evaluate import open_known
 from heads.progress import ProgressLine
 from heads.run_folder import LoadedRun, RunError, load_run, write_atomic
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""Files of a folder that are taken for images, in small letters."""
 
 _ROW_BATCH = 8192
 

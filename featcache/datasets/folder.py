@@ -12,6 +12,7 @@ from featcache.datasets.label_lists import one_or_none
 from featcache.datasets.path_lists import read_captions
 from featcache.datasets.splitting import ALIASES, SplitConfig
 from featcache.errors import DatasetError
+from featcache.formats.image_names import IMAGE_EXTENSIONS
 from featcache.manifest import Manifest
 
 
@@ -22,7 +23,7 @@ class FolderConfig(SplitConfig):
     """Dataset kind."""
     root: Path
     """Folder with one directory a class, or with train, val (valid, validation) and test."""
-    extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     """File name extensions that count as images, in any case; other files are skipped."""
     captions: Path | None = None
     """List of captions, `path caption` on each line, as featcache.caption writes it; unset = none.

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from featcache.datasets.path_lists import read_text
 from featcache.errors import DatasetError
 
 TRAIN_HEADER = "ImageID,Labels,Caption"
@@ -51,12 +52,7 @@ def read_records(file: Path, labelled: bool) -> list[Record]:
     Raises:
         DatasetError: one line naming file and line.
     """
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise DatasetError(f"{file}: no such file; expected a CSV with {TRAIN_HEADER}") from None
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    text = read_text(file, f"a CSV with {TRAIN_HEADER}")
     lines = re.split(r"(?<=\n)", text)
     header = lines[0].strip()
     if header not in ((TRAIN_HEADER,) if labelled else TEST_HEADERS):

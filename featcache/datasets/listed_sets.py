@@ -18,10 +18,12 @@ from featcache.datasets.folder import entries, images_below
 from featcache.datasets.path_lists import read_lines, read_text
 from featcache.datasets.readable_names import eurosat_metadata, sun397_metadata
 from featcache.errors import DatasetError
+from featcache.formats.image_names import IMAGE_SUFFIXES
 from featcache.formats.mat_file import read_mat
 
 _WHAT = "a list of the set; check dataset.root and dataset.name"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")
+"""Without .gif, which torchvision does not read either."""
 
 
 @dataclass(frozen=True)

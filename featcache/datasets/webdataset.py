@@ -18,6 +18,7 @@ from featcache.datasets.base import DatasetConfig
 from featcache.datasets.patterns import common_root, expand, find
 from featcache.datasets.table import read_classes
 from featcache.errors import ConfigError, DatasetError
+from featcache.formats.image_names import IMAGE_EXTENSIONS
 from featcache.formats.tar_index import SampleRule, TarSummary, index_tar
 from featcache.manifest import SPLITS, Manifest, Task
 from featcache.row_block import ROW_SCHEMA
@@ -42,7 +43,7 @@ class WebDatasetConfig(DatasetConfig):
     root: str | None = None
     """Folder or s3:// address that the patterns and the recorded paths start from. Unset = the
     deepest folder that all patterns have in common."""
-    extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     """What stands behind the first dot of an image's name, in small letters; of several images in a
     sample the one that comes first in this list."""
     label: str = Field(default="cls", pattern=_SOURCE)

@@ -14,9 +14,9 @@ from featcache.datasets.folder import entries, images_below, split_folders
 from featcache.datasets.label_lists import one_or_none
 from featcache.datasets.path_lists import read_lines
 from featcache.errors import DatasetError
+from featcache.formats.image_names import IMAGE_SUFFIXES
 from featcache.manifest import Manifest
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NAME_FILES = ("map_clsloc.txt", "LOC_synset_mapping.txt")
 """Class name files that are looked for in the root."""
 
@@ -67,16 +67,18 @@ class WordnetFolderConfig(DatasetConfig):
             raise DatasetError(f"{self.root}: no such folder; expected one directory per class")
         names = self._names()
         rows: list[tuple[str, str, str]] = []
-        for split, folder in (split_folders(self.root, SUFFIXES) or {self.split_name: ""}).items():
+        for split, folder in (
+            split_folders(self.root, IMAGE_SUFFIXES) or {self.split_name: ""}
+        ).items():
             folders, loose = entries(self.root / folder)
-            loose = [name for name in loose if name.lower().endswith(SUFFIXES)]
+            loose = [name for name in loose if name.lower().endswith(IMAGE_SUFFIXES)]
             prefix = f"{folder}/" if folder else ""
             if loose:
                 found = self._flat(split, self.root / folder, loose, folders, names)
                 rows += [(split, wordnet_id, prefix + name) for name, wordnet_id in found.items()]
                 continue
             for wordnet_id, name in sorted((names.of(self.root / prefix, n), n) for n in folders):
-                below = sorted(images_below(self.root, prefix + name, SUFFIXES))
+                below = sorted(images_below(self.root, prefix + name, IMAGE_SUFFIXES))
                 rows += [(split, wordnet_id, path) for path in below]
         if not rows:
             raise DatasetError(f"{self.root}: found no images; expected a directory per class")

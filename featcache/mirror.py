@@ -29,6 +29,7 @@ from pydantic import Field, NonNegativeFloat
 from featcache.config import Config, run_job
 from featcache.errors import CacheError, UserError
 from featcache.layout.cache_plan import human_bytes
+from featcache.layout.cache_root import creation_mark
 from featcache.layout.chunks import PARTIAL, ArrayFiles, Content, require, unsealed
 from featcache.storage import Entry, Location, StoreUrl
 
@@ -75,7 +76,12 @@ class Mirror:
     """
 
     def __init__(
-        self, origin: Location, fingerprint: str, root: Entry | None = None, state: int = 0
+        self,
+        origin: Location,
+        fingerprint: str,
+        root: Entry | None = None,
+        state: int = 0,
+        created: float | None = None,
     ) -> None:
         """Names the folder; nothing is read or made.
 
@@ -84,6 +90,7 @@ class Mirror:
             fingerprint: what the cache holds.
             root: version of the root metadata that say so.
             state: how many updates the cache had then.
+            created: when it was created; see `creation_mark`.
         """
         self.origin = origin
         self.fingerprint = fingerprint
@@ -91,6 +98,7 @@ class Mirror:
         self._uploads: Any = None
         self._root = root
         self._state = state
+        self._created = created
         self._here: set[str] = set()
         self._put: set[str] = set()
 
@@ -245,13 +253,15 @@ class Mirror:
         root = self.origin.entry("zarr.json")
         if root == self._root and root is not None:
             return
+        assert isinstance(self.origin.url, StoreUrl)
+        created = creation_mark(self.origin.url)  # `--restart` keeps the fingerprint
         try:
             document = unsealed(self.origin.read("zarr.json"), "", self.where("zarr.json"))
             attributes = document["attributes"]["featcache"]
             found = attributes["fingerprint"], attributes.get("state", 0)
         except FileNotFoundError:
             found = None
-        if found != (self.fingerprint, self._state):
+        if found != (self.fingerprint, self._state) or created != self._created:
             raise CacheError(f"{self.origin.url}: updated while open; open it again")
         self._root = root
 

@@ -33,6 +33,7 @@ from featcache.layout.cache_plan import (
 from featcache.layout.cache_root import (
     cache_exists,
     checked_attributes,
+    creation_mark,
     delete_cache,
     read_attributes,
     read_root,
@@ -139,10 +140,11 @@ class Store:
         """
         path = place(path)
         if isinstance(path, StoreUrl):
+            created = creation_mark(path)  # first: a cache made anew meanwhile is noticed
             raw, root = read_root(path)
             attributes = checked_attributes(raw, str(path))
             state = attributes.get("state", 0)
-            mirror = Mirror(locate(path), attributes["fingerprint"], root, state)
+            mirror = Mirror(locate(path), attributes["fingerprint"], root, state, created)
             mirror.keep_document("", raw)
             return cls(path, attributes, write, mirror)
         mark = root_mark(path)  # first: whoever takes the cache's place later is noticed

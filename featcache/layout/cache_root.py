@@ -61,6 +61,16 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return checked_attributes(file.read_bytes(), str(path))
 
 
+def creation_mark(path: StoreUrl) -> float | None:
+    """What tells a cache in a store from one of the same content made anew at the same place.
+
+    The time of an object that is written at creation and never again.
+    """
+    from featcache.remote.object_store import ObjectFolder
+
+    return ObjectFolder(path).written("shards/image/zarr.json")
+
+
 def read_root(path: StoreUrl) -> tuple[bytes, Entry]:
     """The root `zarr.json` of a cache in a store, and its version.
 

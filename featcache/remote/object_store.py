@@ -90,8 +90,13 @@ class ObjectFolder(Location):
 
     def age_seconds(self, key: str, now: float) -> float | None:
         """Seconds since an object was written by the store's clock, `now` by this machine's."""
+        written = self.written(key)
+        return None if written is None else now - written
+
+    def written(self, key: str) -> float | None:
+        """When an object was written, in seconds of the epoch by the store's clock."""
         found = self._head(key)
-        return None if found is None else now - float(found["last_modified"].timestamp())
+        return None if found is None else float(found["last_modified"].timestamp())
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See `Location.list`."""

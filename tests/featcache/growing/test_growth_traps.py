@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -210,3 +211,21 @@ def test_rows_of_earlier_shards_are_read_once(make, image_folder, make_jpeg, mon
     assert verify(config.cache) == []
     features = grown.array("image/projected").read()
     np.testing.assert_allclose(features, fresh.array("image/projected").read(), atol=1e-6)
+
+
+def test_an_open_cache_in_a_store_notices_one_made_anew_of_the_same_files(
+    make, bucket, image_folder, make_jpeg
+):
+    config = make(f"{bucket}/birds", features={"pooled": True})
+    run(config)
+    cache = open_cache(config.cache)
+    cache.array("image/projected").read()
+    Store.open(config.cache, write=True).update_attributes(note=1)
+    cache.array("rows/content").read()  # still the same cache
+    (image_folder / "train/cat/00.jpg").write_bytes(make_jpeg(50, 50, 1))
+    time.sleep(1.1)  # times in stores are whole seconds
+    again = make(f"{bucket}/birds", features={"pooled": True}, restart=True)
+    assert run(again).num_extracted == 14
+    with pytest.raises(CacheError, match="updated while open"):
+        cache.array("image/pooled")
+    assert open_cache(config.cache).fingerprint == cache.fingerprint

@@ -37,6 +37,10 @@ class CacheFormatError(CacheError):
     """A feature cache that another version wrote, and this one cannot read."""
 
 
+class MappingError(CacheError):
+    """This process has as many mapped files as the kernel allows."""
+
+
 class CacheMismatchError(UserError, ValueError):
     """A cache holds something else than what is asked for; the message names the first field."""
 

@@ -1,6 +1,7 @@
 """One array of a cache: rows out of mapped files, without decoding."""
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.batches import Rows
-from featcache.errors import ConfigError
+from featcache.errors import ConfigError, MappingError
 from featcache.layout.chunks import ArrayFiles, require
 from featcache.layout.mapping import MAX_FILES, can_map, map_array, map_chunks
 from featcache.store import Store
@@ -63,15 +64,29 @@ class FeatureArray:
         self.blocks: list[npt.NDArray[Any] | None] | None = None
         with store.unchanged():  # files are mapped by name, one after the other
             files.fetch(np.flatnonzero(present).tolist(), verify)
-            if present.all() and can_map(files):
-                self.view = map_array(files)
-            elif files.raw and files.num_chunks <= MAX_FILES:
-                self.blocks = [
-                    map_chunks(files, range(chunk, chunk + 1)) if here else None
-                    for chunk, here in enumerate(present)
-                ]
+            try:
+                self._map(present)
+            except MappingError as error:
+                if not present.all():  # zarr would read what half-written shards left
+                    raise
+                print(f"{error}; it is read through zarr, which is slower", file=sys.stderr)
             if verify and files.remote is None:  # what was fetched was verified on the way
                 self._verify(present)
+
+    def _map(self, present: npt.NDArray[np.bool_]) -> None:
+        """Maps the files: as one, chunk by chunk, or not at all where only zarr can read them.
+
+        Raises:
+            MappingError: if there are too many mappings; then all of these are given back.
+        """
+        files = self._files
+        if present.all() and can_map(files):
+            self.view = map_array(files)
+        elif files.raw and files.num_chunks <= MAX_FILES:
+            self.blocks = [
+                map_chunks(files, range(chunk, chunk + 1)) if here else None
+                for chunk, here in enumerate(present)
+            ]
 
     def _verify(self, present: npt.NDArray[np.bool_]) -> None:
         """Checks the chunks' checksums through the mapping, which fills its page table too.

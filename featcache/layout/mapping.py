@@ -5,6 +5,7 @@ in a page of its own behind the data (chunks are whole pages) and the next file'
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import CacheCorruptError
+from featcache.errors import MappingError, UserError
 from featcache.layout.chunks import ArrayFiles, require
 
 MAX_FILES = 32_000
@@ -38,7 +39,8 @@ def map_array(files: ArrayFiles) -> npt.NDArray[Any]:
 
     Raises:
         CacheCorruptError: if a file is missing or of the wrong size.
-        OSError: if the kernel refuses a mapping.
+        MappingError: if this process has too many mappings.
+        OSError: if the kernel refuses a mapping for another reason.
     """
     assert can_map(files), f"{files.folder} cannot be mapped as one"
     return map_chunks(files, range(files.num_chunks))[: files.shape[0]]
@@ -48,6 +50,9 @@ def map_chunks(files: ArrayFiles, chunks: range) -> npt.NDArray[Any]:
     """A read-only array over consecutive chunk files, the last one's filling included.
 
     Holds no file open, unlike `np.memmap`: a thousand chunks would reach the usual limit.
+
+    Raises:
+        CacheCorruptError, MappingError, OSError: see `map_array`.
     """
     assert files.dtype is not None
     length = files.data_bytes * len(chunks)
@@ -58,7 +63,7 @@ def map_chunks(files: ArrayFiles, chunks: range) -> npt.NDArray[Any]:
     try:
         for place, chunk in enumerate(chunks):
             _map_file(libc, base + place * files.data_bytes, files, chunk)
-    except (OSError, CacheCorruptError):
+    except (OSError, UserError):
         libc.munmap(base, length)
         raise
     memory = (ctypes.c_char * length).from_address(base)
@@ -94,6 +99,12 @@ def _libc() -> Any:
     return libc
 
 
-def _error(files: ArrayFiles) -> OSError:
+def _error(files: ArrayFiles) -> Exception:
     code = ctypes.get_errno()
+    if code == errno.ENOMEM:
+        return MappingError(
+            f"{files.folder}: cannot be mapped, this process has too many mapped files or too "
+            "little address space; open fewer caches at a time, or raise vm.max_map_count "
+            "(sysctl) and `ulimit -v`"
+        )
     return OSError(code, os.strerror(code), str(files.folder))

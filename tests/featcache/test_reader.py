@@ -1,5 +1,7 @@
 """The reader: what zarr would answer, without copies, without leaks, and every row exactly once."""
 
+import ctypes
+import errno
 import gc
 import json
 import os
@@ -9,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,10 +20,11 @@ import zarr
 from torch.utils.data import DataLoader
 
 from featcache.batches import plan_batches
-from featcache.errors import CacheError, CacheMismatchError, ConfigError
+from featcache.errors import CacheError, CacheMismatchError, ConfigError, MappingError
 from featcache.identity import Identity
-from featcache.layout import feature_array
+from featcache.layout import feature_array, mapping
 from featcache.layout.chunks import sealed
+from featcache.layout.mapping import map_chunks
 from featcache.reader import Cache, open_cache
 from featcache.store import create
 
@@ -357,3 +360,47 @@ def test_a_big_copy_in_threads_equals_a_plain_one(monkeypatch: pytest.MonkeyPatc
     out = np.zeros_like(source)
     feature_array._copy(source, out)
     np.testing.assert_array_equal(out, source)
+
+
+class FewMappings:
+    """The C library of a process that may only map `left` more files."""
+
+    def __init__(self, libc: Any, left: int) -> None:
+        self.libc, self.left = libc, left
+        self.given_back = 0
+
+    def mmap(self, address: int | None, *args: int) -> int:
+        self.left -= address is not None
+        if self.left < 0:
+            ctypes.set_errno(errno.ENOMEM)
+            return cast(int, ctypes.c_void_p(-1).value)
+        return cast(int, self.libc.mmap(address, *args))
+
+    def munmap(self, *args: int) -> int:
+        self.given_back += 1
+        return cast(int, self.libc.munmap(*args))
+
+
+@pytest.mark.parametrize("shape", [PAGES, NOT_PAGES, (13, 5, 4, 8, 2)])
+def test_without_room_for_more_mappings_arrays_are_read_all_the_same(
+    written: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shape: tuple[int, ...],
+) -> None:
+    made, cache = make(written, shape)
+    few = FewMappings(mapping._libc(), 2)
+    monkeypatch.setattr(mapping, "_libc", lambda: few)
+    array = cache.array("image/projected")
+    assert array.view is None
+    assert array.blocks is None
+    assert capsys.readouterr().err.endswith("; it is read through zarr, which is slower\n")
+    values = made.arrays["image/projected"]
+    np.testing.assert_array_equal(array.read(), values)
+    np.testing.assert_array_equal(array.read(slice(2, 7)), values[2:7])
+    rows = np.array([3, 0, 12, 3])
+    np.testing.assert_array_equal(array.take(rows), values[rows])
+    gc.collect()
+    assert few.given_back
+    with pytest.raises(MappingError, match=r"too many mapped files.*vm\.max_map_count"):
+        map_chunks(cache.store.files("image/projected"), range(1))

@@ -13,6 +13,7 @@ from featcache.errors import CacheError
 from featcache.extract import ExtractConfig, run
 from featcache.growing import growth
 from featcache.growing.donors import Donor, Written
+from featcache.mirror import Mirror
 from featcache.reader import open_cache
 from featcache.storage import locate
 from featcache.store import Store, verify
@@ -229,3 +230,35 @@ def test_an_open_cache_in_a_store_notices_one_made_anew_of_the_same_files(
     with pytest.raises(CacheError, match="updated while open"):
         cache.array("image/pooled")
     assert open_cache(config.cache).fingerprint == cache.fingerprint
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_chunks_in_a_store_are_fetched_together_and_a_damaged_one_is_encoded_again(
+    make, bucket, image_folder, monkeypatch, tmp_path, damaged
+):
+    config = make(f"{bucket}/birds")
+    run(config)
+    (image_folder / "train/cat/00.jpg").unlink()  # all rows move, so none can be linked
+    if damaged:
+        folder = locate(config.cache)
+        content = bytearray(folder.read("image/projected/c/1/0"))
+        content[7] ^= 1
+        folder.write("image/projected/c/1/0", bytes(content))
+    together: list[int] = []
+    original = Mirror._download
+
+    def noted(self, files, missing, versions):
+        if files.name == "image/projected":
+            together.append(len(missing))
+        original(self, files, missing, versions)
+
+    monkeypatch.setattr(Mirror, "_download", noted)
+    assert run(config).num_extracted == (4 if damaged else 0)
+    assert verify(config.cache) == []
+    assert together[0] == 2  # the first new shard has rows of two chunks
+    run(make("fresh"))
+    grown, fresh = (
+        open_cache(path).array("image/projected").read()
+        for path in (config.cache, tmp_path / "fresh")
+    )
+    np.testing.assert_allclose(grown, fresh, rtol=0, atol=1e-6 * np.abs(fresh).max())

@@ -12,6 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from featcache.identity import (
+    BackboneIdentity,
+    DatasetIdentity,
+    FeatureIdentity,
+    Identity,
+    PreprocessIdentity,
+)
+
 # Tiny tensors gain nothing from a second thread, and lose much when other jobs hold the cores.
 torch.set_num_threads(1)
 
@@ -62,6 +70,38 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": TINY_PIXELS}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
+
+
+def sample_identity(
+    dataset: DatasetIdentity, backbone: BackboneIdentity, **features: Any
+) -> Identity:
+    """A cache's identity: projected float16 features without text, and what `features` changes."""
+    usual: dict[str, Any] = {
+        "projected": True,
+        "pooled": False,
+        "tokens": "none",
+        "token_layer": -1,
+        "text": False,
+        "storage_dtype": "float16",
+        "num_views": 1,
+        "view_seed": 0,
+        "view_scale": 1.0,
+    }
+    return Identity(
+        dataset=dataset,
+        backbone=backbone,
+        preprocess=PreprocessIdentity(
+            size=(32, 32),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+            interpolation="bicubic",
+            resize_mode="shortest",
+            fill_color=0,
+            mode="fast",
+        ),
+        precision="fp32",
+        features=FeatureIdentity(**{**usual, **features}),
+    )
 
 
 _OPENED: dict[Any, Any] = {}

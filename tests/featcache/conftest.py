@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from featcache.identity import BackboneIdentity, FeatureIdentity, Identity, PreprocessIdentity
+from featcache.identity import BackboneIdentity
 from featcache.manifest import Manifest
 from featcache.storage import StoreUrl, locate, place
 from featcache.store import ArrayPlan, CachePlan, Shard, Store, create
+
+from ..conftest import sample_identity
 
 BACKBONE = BackboneIdentity(kind="open_clip", name="tiny", weights="w" * 32, architecture="a" * 32)
 
@@ -71,30 +73,12 @@ def plan_cache(
         task=task,
         captions=[[f"caption {row}-{i}" for i in range(captions)] for row in range(num_rows)],
     )
-    identity = Identity(
-        dataset=manifest.identity,
-        backbone=BACKBONE,
-        preprocess=PreprocessIdentity(
-            size=(32, 32),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.2, 0.2, 0.2),
-            interpolation="bicubic",
-            resize_mode="shortest",
-            fill_color=0,
-            mode="fast",
-        ),
-        precision="fp32",
-        features=FeatureIdentity(
-            projected=True,
-            pooled=False,
-            tokens="none",
-            token_layer=-1,
-            text=captions > 0,
-            storage_dtype=dtype,
-            num_views=views,
-            view_seed=0,
-            view_scale=1.0,
-        ),
+    identity = sample_identity(
+        manifest.identity,
+        BACKBONE,
+        text=captions > 0,
+        storage_dtype=dtype,
+        num_views=views,
     )
     num_captions = num_rows * captions
     shape = (num_rows, dim) if views == 1 else (num_rows, views, dim)

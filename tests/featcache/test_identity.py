@@ -8,19 +8,19 @@ from featcache.errors import CacheMismatchError
 from featcache.identity import (
     BackboneIdentity,
     DatasetIdentity,
-    FeatureIdentity,
     Identity,
-    PreprocessIdentity,
     differences,
     fingerprint,
     hash_strings,
     require_equal,
 )
 
+from ..conftest import sample_identity
+
 
 def make() -> Identity:
-    return Identity(
-        dataset=DatasetIdentity(
+    return sample_identity(
+        DatasetIdentity(
             kind="folder",
             task="single_label",
             num_rows=3,
@@ -29,28 +29,8 @@ def make() -> Identity:
             classes="c",
             captions="t",
         ),
-        backbone=BackboneIdentity(kind="open_clip", name="tiny", weights="w", architecture="a"),
-        preprocess=PreprocessIdentity(
-            size=(32, 32),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.2, 0.2, 0.2),
-            interpolation="bicubic",
-            resize_mode="shortest",
-            fill_color=0,
-            mode="fast",
-        ),
-        precision="fp32",
-        features=FeatureIdentity(
-            projected=True,
-            pooled=False,
-            tokens="none",
-            token_layer=-1,
-            text=True,
-            storage_dtype="float16",
-            num_views=1,
-            view_seed=0,
-            view_scale=1.0,
-        ),
+        BackboneIdentity(kind="open_clip", name="tiny", weights="w", architecture="a"),
+        text=True,
     )
 
 

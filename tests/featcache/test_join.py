@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 
 from featcache.errors import CacheError, CacheMismatchError, ConfigError
-from featcache.identity import BackboneIdentity, FeatureIdentity, Identity, PreprocessIdentity
+from featcache.identity import BackboneIdentity
 from featcache.join import JoinConfig, open_joined, open_one_or_joined, run
 from featcache.joined_cache import JoinedCache
 from featcache.manifest import Manifest
 from featcache.reader import Cache, open_cache
 from featcache.store import ArrayPlan, CachePlan, Shard, create
+
+from ..conftest import sample_identity
 
 Labels = dict[str, list[int]]
 
@@ -48,30 +50,12 @@ def make(
         task=task,
         captions=[[f"{name} one", f"{name} two"][: int(name[1:]) % 3] for name in ids],
     )
-    identity = Identity(
-        dataset=manifest.identity,
-        backbone=BackboneIdentity(kind="toy", name=path.name, weights=path.name, architecture="a"),
-        preprocess=PreprocessIdentity(
-            size=(8, 8),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            interpolation="bicubic",
-            resize_mode="shortest",
-            fill_color=0,
-            mode="fast",
-        ),
-        precision="fp32",
-        features=FeatureIdentity(
-            projected=True,
-            pooled=False,
-            tokens="none",
-            token_layer=-1,
-            text=False,
-            storage_dtype="float16",
-            num_views=views,
-            view_seed=view_seed,
-            view_scale=0.5 if views > 1 else 1.0,
-        ),
+    identity = sample_identity(
+        manifest.identity,
+        BackboneIdentity(kind="toy", name=path.name, weights=path.name, architecture="a"),
+        num_views=views,
+        view_seed=view_seed,
+        view_scale=0.5 if views > 1 else 1.0,
     )
     count = len(ids)
     shape = (count, dim) if views == 1 else (count, views, dim)

@@ -9,14 +9,11 @@ import pandas as pd
 import pytest
 
 from featcache.extract_config import ShardReport
-from featcache.identity import (
-    BackboneIdentity,
-    FeatureIdentity,
-    Identity,
-    PreprocessIdentity,
-)
+from featcache.identity import BackboneIdentity
 from featcache.manifest import Manifest
 from featcache.store import ArrayPlan, CachePlan, Shard, create
+
+from ..conftest import sample_identity
 
 
 def write_cache(
@@ -46,30 +43,11 @@ def write_cache(
         task=task,
     )
     assert manifest.splits == list(splits), "rows are not in split order"
-    identity = Identity(
-        dataset=manifest.identity,
-        backbone=BackboneIdentity(kind="toy", name="toy", weights=weights, architecture="a"),
-        preprocess=PreprocessIdentity(
-            size=(8, 8),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            interpolation="bicubic",
-            resize_mode="shortest",
-            fill_color=0,
-            mode="fast",
-        ),
-        precision="fp32",
-        features=FeatureIdentity(
-            projected=True,
-            pooled=False,
-            tokens="none",
-            token_layer=-1,
-            text=False,
-            storage_dtype="float16" if features.dtype == np.float16 else "float32",
-            num_views=num_views,
-            view_seed=0,
-            view_scale=1.0,
-        ),
+    identity = sample_identity(
+        manifest.identity,
+        BackboneIdentity(kind="toy", name="toy", weights=weights, architecture="a"),
+        storage_dtype="float16" if features.dtype == np.float16 else "float32",
+        num_views=num_views,
     )
     plan = CachePlan(
         identity=identity,

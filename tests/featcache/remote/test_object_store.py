@@ -269,15 +269,14 @@ def test_every_flipped_or_foreign_or_missing_object_is_named(url: StoreUrl) -> N
 
 # One process imports everything and forks the writers that are killed; each says what it found.
 WRITERS = """
-import importlib.util, os, signal, sys, threading, traceback
+import importlib, os, signal, sys, threading, traceback, types
 from featcache.remote.object_store import ObjectFolder
 from featcache.storage import place
 from featcache.store import Store, cache_exists, create, writer_lock
 
-spec = importlib.util.spec_from_file_location("made", sys.argv[1])
-made = importlib.util.module_from_spec(spec)
-sys.modules["made"] = made
-spec.loader.exec_module(made)
+tests = sys.modules["made"] = types.ModuleType("made")  # other packages are called tests, too
+tests.__path__ = [sys.argv[1]]
+made = importlib.import_module("made.featcache.conftest")
 url, last = place(sys.argv[2]), 0
 write, lock, count = ObjectFolder.write, threading.Lock(), [0]
 
@@ -323,10 +322,10 @@ def test_killed_at_any_request_and_run_again_equals_uninterrupted(
         local.write(store, shard)
         store.mark_done(shard, {"invalid": []})
     store.finish({})
-    made = str(Path(__file__).parents[1] / "conftest.py")
+    tests = str(Path(__file__).parents[2])
     # Killed in the creation, after it in the second shard, in the third, and never.
     moments = ["20", "48", "7", "10000"]
-    command = [sys.executable, "-c", WRITERS, made, str(url), *moments]
+    command = [sys.executable, "-c", WRITERS, tests, str(url), *moments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.split()
     assert lines[1::2] == ["-9", "-9", "-9", "0"], done.stderr

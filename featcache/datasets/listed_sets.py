@@ -193,7 +193,7 @@ def read_stanford_cars(root: Path, variant: Variant) -> ListedSet:
 def read_eurosat(root: Path, variant: Variant) -> ListedSet:
     """`eurosat/2750/AnnualCrop/….jpg`; class index = rank of the name; no split of its own."""
     found = _tree(set_folder(root, "eurosat"))
-    return replace(found, classes=class_table("eurosat", found.classes["name"]))
+    return replace(found, classes=class_table("eurosat", found.classes["name"].tolist()))
 
 
 def read_caltech101(root: Path, variant: Variant) -> ListedSet:

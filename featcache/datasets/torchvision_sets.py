@@ -147,6 +147,6 @@ class TorchvisionConfig(SplitConfig):
         listed = read_split_json(file)
         folder = IMAGE_FOLDERS.get(self.name)
         paths = [f"{folder}/{path}" if folder else path for path in listed.paths]
-        classes = class_table(self.name, listed.classes["name"])
+        classes = class_table(self.name, listed.classes["name"].tolist())
         base = set_folder(self.root, self.name)
         return ListedSet(base, paths, listed.labels, listed.splits, classes)

@@ -262,3 +262,25 @@ def test_chunks_in_a_store_are_fetched_together_and_a_damaged_one_is_encoded_aga
         for path in (config.cache, tmp_path / "fresh")
     )
     np.testing.assert_allclose(grown, fresh, rtol=0, atol=1e-6 * np.abs(fresh).max())
+
+
+def test_what_a_shard_under_way_holds_is_forgotten_when_it_is_written_again(make):
+    config = make()
+    run(config)
+    store = Store.open(config.cache, write=True)
+    known, rows = Written(store), np.arange(14)
+    second = store.shards("image")[1]
+    inside = (rows >= second.start) & (rows < second.stop)
+    store.mark_pending(second)
+    known.learn("image", rows)
+    np.testing.assert_array_equal(known.done, ~inside)
+    np.testing.assert_array_equal(known.content, np.where(inside, 0, store.read("rows/content")))
+    store.mark_done(second, {"invalid": []})
+    known.learn("image", rows)
+    np.testing.assert_array_equal(known.content, store.read("rows/content"))
+    assert known.intact("image", rows).all()
+    known.forget(second)
+    np.testing.assert_array_equal(known.done, ~inside)
+    store.files("image/projected").file(1).write_bytes(b"cut")
+    known.learn("image", rows)
+    np.testing.assert_array_equal(known.intact("image", rows), ~inside)

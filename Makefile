@@ -49,6 +49,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/cache.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/inaturalist.py
+	$(BIN)/python benchmarks/webdataset.py
+	$(BIN)/python benchmarks/stores.py --rows 100000
+	$(BIN)/python benchmarks/blip.py
 	$(BIN)/python benchmarks/mop.py
 
 clean:

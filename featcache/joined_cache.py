@@ -11,7 +11,7 @@ import pandas as pd
 from featcache.batches import Rows
 from featcache.errors import CacheError, ConfigError
 from featcache.identity import fingerprint
-from featcache.layout.feature_array import FeatureArray
+from featcache.layout.feature_array import FeatureArray, checked_rows
 from featcache.reader import Cache
 
 VECTORS = ("image/projected", "image/pooled")
@@ -97,9 +97,7 @@ class JoinedArray(FeatureArray):
         self, rows: Rows, out: npt.NDArray[Any] | None = None, view: int | None = None
     ) -> npt.NDArray[Any]:
         """A copy of rows in any order; see `FeatureArray.read`."""
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"{self.name}: rows lie outside 0..{len(self) - 1}")
+        rows = checked_rows(rows, len(self), self.name)
         one_view = view is not None and self.num_views > 1
         out = self._output(out, (len(rows), *self.shape[2 if one_view else 1 :]))
         # Where members have views that do not match, only the plain one is joined.

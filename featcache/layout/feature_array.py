@@ -153,9 +153,7 @@ class FeatureArray:
         self, rows: Rows, out: npt.NDArray[Any] | None = None, view: int | None = None
     ) -> npt.NDArray[Any]:
         """A copy of rows in any order; see `read`."""
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"{self.name}: rows lie outside 0..{len(self) - 1}")
+        rows = checked_rows(rows, len(self), self.name)
         one_view = view is not None and self.num_views > 1
         shape = (len(rows), *self.shape[2 if one_view else 1 :])
         out = self._output(out, shape)
@@ -209,6 +207,18 @@ class FeatureArray:
                 f"{self.dtype}{shape}"
             )
         return out
+
+
+def checked_rows(rows: Rows, length: int, name: str) -> Rows:
+    """Row numbers as int64, all of them inside an array of that length.
+
+    Raises:
+        IndexError: naming the array and its rows.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    if rows.size and (rows.min() < 0 or rows.max() >= length):
+        raise IndexError(f"{name}: rows lie outside 0..{length - 1}")
+    return rows
 
 
 def _copy(source: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:

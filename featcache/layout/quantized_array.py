@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.batches import Rows
-from featcache.layout.feature_array import FeatureArray
+from featcache.layout.feature_array import FeatureArray, checked_rows
 from featcache.layout.quantize import SCALE, dequantize
 from featcache.store import Store
 
@@ -70,7 +70,7 @@ class QuantizedArray(FeatureArray):
         self, rows: Rows, out: npt.NDArray[Any] | None = None, view: int | None = None
     ) -> npt.NDArray[Any]:
         """A float32 copy of rows in any order; see `FeatureArray.read`."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = checked_rows(rows, len(self), self.name)
         one_view = view is not None and self.num_views > 1
         out = self._output(out, (len(rows), *self.shape[2 if one_view else 1 :]))
         size = max(1, _BLOCK_BYTES // max(1, self.row_bytes))

@@ -109,6 +109,14 @@ def test_blocks_of_a_long_read_are_put_together(stored, monkeypatch):
     np.testing.assert_array_equal(array.take(np.arange(14)[::-1]), whole[::-1])
 
 
+def test_rows_outside_are_named(stored):
+    cache, _ = stored
+    array = cache.array("image/tokens")
+    for rows in ([12, 13, 14], [-2, -1], [14]):
+        with pytest.raises(IndexError, match=r"image/tokens: rows lie outside 0\.\.13"):
+            array.take(np.asarray(rows))
+
+
 def test_a_head_holds_codes_and_gets_floats(stored, monkeypatch):
     cache, _ = stored
     array, rows = cache.array("image/tokens"), cache.rows("train")

@@ -4,8 +4,8 @@ Adding a head is one new file in `heads/models`: subclass `HeadConfig` and `Head
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,6 +15,15 @@ from torch import Tensor, nn
 
 from featcache.config import Config
 from featcache.manifest import Task
+from heads.losses.base import Loss
+
+Features = tuple[Tensor, ...]
+"""A batch as a head reads it: one tensor of B rows for each array that its config names, in order.
+
+Features are float32 as stored, not normalised; masks (`…_mask`) are bool. `text/projected` has one
+vector a row, (B, D): of the row's caption, or the mean of its captions, each brought to length 1. A
+row without a caption has zeros there, and in the joint encoder's arrays: a missing modality.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class FeatureSpec:
     """What a head is told about the cache it will be trained on.
 
     Attributes:
-        feature_dim: width of the feature the head reads (P for `image/projected`).
+        feature_dim: width of the first array the head reads (P for `image/projected`).
         num_classes: C.
         task: single_label or multi_label.
         class_counts: (C,) int64 training rows with each class, of the rows really trained on.
@@ -31,8 +40,16 @@ class FeatureSpec:
             head did not ask for text.
         logit_scale: multiplier of image-text cosines that the backbone was trained with.
         templates: T templates that `prompts` were made from; empty = not known.
-        mean, std: (D,) float32 of the training rows' features, for heads that ask for them; None
-            otherwise, and when a trained head is loaded (its own tensors hold them).
+        mean, std: (D,) float32 over the first array's training rows, for heads that ask for them;
+            None otherwise, and when a trained head is loaded (its own tensors hold them).
+        feature_dims: width of each array the head reads, by name.
+        num_rows: N, rows really trained on.
+        criterion: the loss on logits that the user chose, for heads with `takes_loss`; None when a
+            trained head is loaded.
+        cooccurrence: (C, C) int64 training rows with both classes, for heads that ask for it; None
+            otherwise, and when a trained head is loaded.
+        support: gives the features and targets of all training rows, for heads that are made of
+            them rather than trained; None when a trained head is loaded.
     """
 
     feature_dim: int
@@ -45,6 +62,15 @@ class FeatureSpec:
     mean: Tensor | None = None
     std: Tensor | None = None
     templates: Sequence[str] = ()
+    feature_dims: Mapping[str, int] = field(default_factory=dict)
+    num_rows: int = 0
+    criterion: Loss | None = None
+    cooccurrence: npt.NDArray[np.int64] | None = None
+    support: Callable[[], tuple[Features, Tensor]] | None = None
+
+    def width(self, array: str) -> int:
+        """Last axis of an array that the head reads."""
+        return self.feature_dims.get(array, self.feature_dim)
 
 
 @dataclass(frozen=True)
@@ -74,22 +100,16 @@ class Head(nn.Module, ABC):
     has_probabilities: bool = True
     """False where a multi-label logit only ranks, so that no threshold on it means anything."""
 
-    @abstractmethod
-    def forward(self, features: Tensor) -> Tensor:
-        """Class logits.
+    forward: Callable[..., Tensor]
+    """Class logits: one positional tensor for each array of `HeadConfig.arrays`, in that order (see
+    `Features`); returns (B, C) float32, of which softmax (single label) or sigmoid (multi label)
+    gives probabilities."""
 
-        Args:
-            features: (B, D) float32, as stored, not normalised; the head normalises by itself.
-
-        Returns:
-            (B, C) float32; softmax (single label) or sigmoid (multi label) gives probabilities.
-        """
-
-    def loss(self, features: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, features: Features, targets: Tensor, progress: float) -> dict[str, Tensor]:
         """The training loss of a batch under "loss", and its parts by name for the log.
 
         Args:
-            features: (B, D) float32, as stored.
+            features: arrays of `HeadConfig.arrays`, then those of `HeadConfig.training_arrays`.
             targets: (B,) int64 class indices, or (B, C) float32 multi-hot.
             progress: share of all optimiser steps already taken, 0..1; schedules read it.
         """
@@ -105,9 +125,9 @@ class Head(nn.Module, ABC):
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
 
-    def candidates(self, features: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def candidates(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, (B, C) logits) of each model trained side by side; most heads train just one."""
-        yield "", self.forward(features)
+        yield "", self.forward(*features)
 
     def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
         """Tensors that training changes, by name: what `head.safetensors` holds.
@@ -141,7 +161,9 @@ class HeadConfig(Config):
     """Options that every head shares."""
 
     needs: ClassVar[tuple[str, ...]] = ("image/projected",)
-    """Array of the cache that the head reads; its last axis is `feature_dim`."""
+    """Arrays of the cache that the head reads, in the order in which `Head.forward` takes them."""
+    takes_loss: ClassVar[bool] = False
+    """Whether the head trains on `FeatureSpec.criterion`, so that `--loss` can choose it."""
     needs_prompts: ClassVar[bool] = False
     """Whether the head starts from class text features."""
     optim_defaults: ClassVar[OptimDefaults] = OptimDefaults()
@@ -153,6 +175,14 @@ class HeadConfig(Config):
     def arrays(self) -> tuple[str, ...]:
         """`needs`, for heads whose options decide it."""
         return self.needs
+
+    def training_arrays(self) -> tuple[str, ...]:
+        """Further arrays that only `Head.loss` reads, after those of `arrays`."""
+        return ()
+
+    def wants_cooccurrence(self) -> bool:
+        """Whether `build` needs `FeatureSpec.cooccurrence`."""
+        return False
 
     def wants_statistics(self) -> bool:
         """Whether `build` needs `FeatureSpec.mean` and `std`."""

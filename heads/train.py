@@ -46,6 +46,8 @@ from heads.evaluate import (
     score_candidates,
     score_split,
 )
+from heads.losses import AnyLoss, default_loss
+from heads.losses.base import ClassStatistics, Loss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
@@ -74,6 +76,9 @@ class TrainConfig(Config):
     the head reads their features side by side, each brought to length 1."""
     head: AnyHead = Field(default=LinearConfig(), discriminator="kind")
     """Which head, by kind."""
+    loss: AnyLoss | None = Field(default=None, discriminator="kind")
+    """Loss on the logits, by kind, for heads that take one; unset = softmax cross-entropy (single
+    label) or sigmoid cross-entropy (multi label)."""
     optim: OptimConfig = OptimConfig()
     """How it is trained; unset fields take the head's own defaults."""
     train_split: str = "train"
@@ -163,7 +168,9 @@ def run(config: TrainConfig) -> TrainReport:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         started = time.perf_counter()
         train = FeatureTable(array, parts.train.rows, device)
-        spec = feature_spec(cache, config.head, train, class_counts(parts.train, cache.num_classes))
+        counts = class_counts(parts.train, cache.num_classes)
+        criterion = build_loss(config, cache.task, ClassStatistics(counts, len(parts.train)))
+        spec = feature_spec(cache, config.head, train, counts, criterion)
         record = run_folder.describe_head(cache, config.head, array.name, train.feature_dim)
         record["class_counts"] = spec.class_counts.tolist()
         run_folder.write_json(folder / "head.json", record)
@@ -267,7 +274,7 @@ def fit(
             index = order[start : start + batch_size]
             features = table.batch(index, None if views is None else views[index])
             optimisation.set_lr(optimizer, factor(step))
-            parts = head.loss(features, targets[index.to(device)], step / num_steps)
+            parts = head.loss((features,), targets[index.to(device)], step / num_steps)
             optimizer.zero_grad(set_to_none=True)
             parts["loss"].backward()  # type: ignore[no-untyped-call]
             if optim.clip_norm is not None:
@@ -338,8 +345,34 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]
     return config, parts, array
 
 
+def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> Loss | None:
+    """The loss on logits that the options mean; None for heads that bring their own.
+
+    Raises:
+        ConfigError: if one is chosen that the head or the task has no use for.
+    """
+    if not config.head.takes_loss:
+        if config.loss is not None:
+            raise ConfigError(
+                f"loss={config.loss.kind}: head {config.head.kind} has a loss of its own; leave it "
+                "out, or choose another head"
+            )
+        return None
+    loss = config.loss or default_loss(task)
+    if task not in loss.tasks:
+        raise ConfigError(
+            f"loss={loss.kind} is for {' and '.join(loss.tasks)} data, the cache is {task}; choose "
+            "another loss"
+        )
+    return loss.build(statistics)
+
+
 def feature_spec(
-    cache: Cache, head: HeadConfig, table: FeatureTable, counts: np.ndarray[Any, Any]
+    cache: Cache,
+    head: HeadConfig,
+    table: FeatureTable,
+    counts: np.ndarray[Any, Any],
+    criterion: Loss | None,
 ) -> FeatureSpec:
     """What a head is told about the cache: sizes, classes, statistics, class text features."""
     prompts, templates = None, run_folder.template_list(cache, head)
@@ -358,12 +391,14 @@ def feature_spec(
         num_classes=cache.num_classes,
         task=cache.task,
         class_counts=counts,
+        num_rows=len(table),
         classes=cache.classes,
         prompts=prompts,
         logit_scale=float(cache.attributes["logit_scale"]),
         mean=None if mean is None else mean.cpu(),
         std=None if std is None else std.cpu(),
         templates=templates,
+        criterion=criterion,
     )
 
 

@@ -17,7 +17,9 @@ from featcache.backbones import BACKBONES
 from featcache.config import Config
 from featcache.datasets import DATASETS
 from featcache.errors import ConfigError
-from heads.base import FeatureSpec, Head
+from heads.base import Features, FeatureSpec, Head, HeadConfig
+from heads.losses import LOSSES, default_loss
+from heads.losses.base import ClassStatistics, Loss
 from heads.models import HEADS
 
 NUM_CLASSES, DIM, NUM_TOKENS = 5, 16, 4
@@ -25,7 +27,12 @@ TASKS = ("single_label", "multi_label")
 
 MEMBERS = {
     f"{folder}/{kind}": member
-    for folder, members in (("datasets", DATASETS), ("backbones", BACKBONES), ("heads", HEADS))
+    for folder, members in (
+        ("datasets", DATASETS),
+        ("backbones", BACKBONES),
+        ("heads", HEADS),
+        ("losses", LOSSES),
+    )
     for kind, member in members.items()
 }
 
@@ -85,22 +92,46 @@ def spec(task: str, seed: int = 0) -> FeatureSpec:
         logit_scale=100.0,
         mean=torch.zeros(DIM),
         std=torch.ones(DIM),
+        num_rows=413,
+        criterion=default_loss(task).build(ClassStatistics(counts, 413)),
+        cooccurrence=np.diag(counts) + 2 - np.eye(NUM_CLASSES, dtype=np.int64),
     )
 
 
-def batch(kind: str, task: str, size: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the kind's array, and targets in which every class occurs."""
+def array_of(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Made-up rows of an array of a cache, in the form in which heads get them."""
+    if name.endswith("_mask"):
+        mask = torch.arange(NUM_TOKENS) < torch.randint(
+            1, NUM_TOKENS + 1, (size, 1), generator=generator
+        )
+        return mask.expand(size, -1).clone()
+    tokens = (NUM_TOKENS,) if name in ("image/tokens", "image/multimodal") else ()
+    return torch.randn(size, *tokens, DIM, generator=generator)
+
+
+def batch(kind: str, task: str, size: int = 40) -> tuple[Features, torch.Tensor]:
+    """What the kind's loss reads: its arrays, and targets in which every class occurs."""
     generator = torch.Generator().manual_seed(1)
-    tokens = (NUM_TOKENS,) if HEADS[kind]().arrays()[0] == "image/tokens" else ()
-    features = torch.randn(size, *tokens, DIM, generator=generator)
+    config = member_of(f"heads/{kind}")
+    assert isinstance(config, HeadConfig)
+    names = [*config.arrays(), *config.training_arrays()]
+    features = tuple(array_of(name, size, generator) for name in names)
     labels = torch.arange(size) % NUM_CLASSES
     if task == "single_label":
         return features, labels
     return features, torch.nn.functional.one_hot(labels, NUM_CLASSES).float()
 
 
+def inputs(kind: str, task: str) -> Features:
+    """What the kind's `forward` reads."""
+    config = member_of(f"heads/{kind}")
+    assert isinstance(config, HeadConfig)
+    return batch(kind, task)[0][: len(config.arrays())]
+
+
 def build(kind: str, task: str, seed: int = 0) -> Head:
-    config = HEADS[kind]()
+    config = member_of(f"heads/{kind}")
+    assert isinstance(config, HeadConfig)
     torch.manual_seed(seed)
     try:
         return config.build(spec(task))
@@ -114,7 +145,7 @@ def build(kind: str, task: str, seed: int = 0) -> Head:
 def test_a_head_does_at_least_one_task(kind: str) -> None:
     def does(task: str) -> bool:
         try:
-            HEADS[kind]().build(spec(task))
+            member_of(f"heads/{kind}").build(spec(task))  # type: ignore[attr-defined]
         except ConfigError:
             return False
         return True
@@ -127,17 +158,18 @@ def test_a_head_does_at_least_one_task(kind: str) -> None:
 class TestHeads:
     def test_logits_have_a_row_each_and_a_column_a_class(self, kind: str, task: str) -> None:
         head = build(kind, task).eval()
-        features, _ = batch(kind, task)
-        logits = head(features)
-        assert logits.shape == (len(features), NUM_CLASSES)
+        features = inputs(kind, task)
+        logits = head(*features)
+        assert logits.shape == (len(features[0]), NUM_CLASSES)
         assert logits.dtype == torch.float32
         assert torch.isfinite(logits).all()
 
     def test_one_row_is_scored_as_in_a_batch(self, kind: str, task: str) -> None:
         head = build(kind, task).eval()
-        features, _ = batch(kind, task)
+        features = inputs(kind, task)
+        first = [part[:1] for part in features]
         with torch.no_grad():
-            torch.testing.assert_close(head(features[:1]), head(features)[:1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(head(*first), head(*features)[:1], atol=1e-4, rtol=1e-4)
 
     def test_gradients_reach_what_trains_and_nothing_else(self, kind: str, task: str) -> None:
         head = build(kind, task).train()
@@ -158,8 +190,9 @@ class TestHeads:
     def test_one_row_can_be_trained_on(self, kind: str, task: str) -> None:
         head = build(kind, task).train()
         features, targets = batch(kind, task)
+        first = tuple(part[:1] for part in features)
         if head.trainable:
-            assert torch.isfinite(head.loss(features[:1], targets[:1], 1.0)["loss"])
+            assert torch.isfinite(head.loss(first, targets[:1], 1.0)["loss"])
 
     def test_a_step_lowers_the_loss(self, kind: str, task: str) -> None:
         head = build(kind, task).train()
@@ -192,20 +225,20 @@ class TestHeads:
             if head.trainable:
                 results.append(head.loss(features, targets, 0.5)["loss"].detach())
             else:
-                results.append(head(features))
+                results.append(head(*inputs(kind, task)))
         assert torch.equal(*results)
 
     def test_trained_state_moves_to_another_head(self, kind: str, task: str) -> None:
-        features, _ = batch(kind, task)
+        features = inputs(kind, task)
         head = build(kind, task, seed=0).eval()
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-            for name, logits in head.candidates(features):
-                config = HEADS[kind]().only(name)
+            for name, logits in head.candidates(*features):
+                config = member_of(f"heads/{kind}").only(name)  # type: ignore[attr-defined]
                 other = config.build(spec(task, seed=0)).eval()
                 other.load_trained_state(copy.deepcopy(dict(head.trained_state(name))))
-                torch.testing.assert_close(other(features), logits)
+                torch.testing.assert_close(other(*features), logits)
 
     def test_a_wrong_state_is_refused(self, kind: str, task: str) -> None:
         head = build(kind, task)
@@ -216,8 +249,74 @@ class TestHeads:
         head = build(kind, task)
         other = build(kind, task, seed=9)
         other.load_state_dict(head.state_dict())
-        features, _ = batch(kind, task)
-        torch.testing.assert_close(other.eval()(features), head.eval()(features))
+        features = inputs(kind, task)
+        torch.testing.assert_close(other.eval()(*features), head.eval()(*features))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+class TestLosses:
+    @staticmethod
+    def logits_and_targets(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(4)
+        labels = torch.arange(12) % NUM_CLASSES
+        if "multi_label" not in LOSSES[kind].tasks:
+            return 3 * torch.randn(12, NUM_CLASSES), labels
+        hot = torch.nn.functional.one_hot(labels, NUM_CLASSES).float()
+        hot[:, 0] = 1.0
+        hot[-1] = 0.0  # a row without a label
+        return 3 * torch.randn(12, NUM_CLASSES), hot
+
+    @staticmethod
+    def build(kind: str) -> Loss:
+        return LOSSES[kind]().build(ClassStatistics(np.asarray([200, 150, 50, 10, 3]), 413))
+
+    def test_the_loss_is_the_mean_of_its_terms(self, kind: str) -> None:
+        loss, (logits, targets) = self.build(kind), self.logits_and_targets(kind)
+        terms = loss.terms(logits, targets)
+        assert terms.shape in (logits.shape, logits.shape[:1])
+        assert terms.dtype == torch.float32
+        torch.testing.assert_close(loss(logits, targets), terms.mean())
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_extreme_logits_of_any_dtype_give_finite_losses_and_gradients(
+        self, kind: str, dtype: torch.dtype
+    ) -> None:
+        logits, targets = self.logits_and_targets(kind)
+        reach = 0.9 if LOSSES[kind].needs_cosines else 3e4
+        wild = (reach * logits.sign()).to(dtype).requires_grad_()
+        value = self.build(kind)(wild, targets)
+        value.backward()
+        assert torch.isfinite(value)
+        assert value.dtype == torch.float32
+        assert wild.grad is not None
+        assert torch.isfinite(wild.grad).all()
+
+    def test_gradients_are_those_of_finite_differences(self, kind: str) -> None:
+        logits, targets = self.logits_and_targets(kind)
+        scale = 0.2 if LOSSES[kind].needs_cosines else 1.0
+        wanted = (scale * logits).clamp(-0.95, 0.95) if LOSSES[kind].needs_cosines else logits
+        wanted = wanted.clone().requires_grad_()
+        loss = self.build(kind)
+        loss(wanted, targets).backward()
+        assert wanted.grad is not None
+        step = 1e-2
+        for row, column in [(0, 0), (3, 3), (5, 1), (11, 2)]:
+            shift = torch.zeros_like(logits)
+            shift[row, column] = step
+            with torch.no_grad():
+                slope = (
+                    loss(wanted + shift, targets).double() - loss(wanted - shift, targets).double()
+                ) / (2 * step)
+            torch.testing.assert_close(
+                wanted.grad[row, column].double(), slope, atol=2e-4, rtol=3e-2
+            )
+
+    def test_one_row_has_a_loss(self, kind: str) -> None:
+        logits, targets = self.logits_and_targets(kind)
+        assert torch.isfinite(self.build(kind)(logits[:1], targets[:1]))
+
+    def test_the_module_names_its_source(self, kind: str) -> None:
+        assert "Reference:" in (inspect.getmodule(LOSSES[kind]).__doc__ or "")
 
 
 @pytest.mark.parametrize("kind", HEADS)

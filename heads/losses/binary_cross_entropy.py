@@ -1,9 +1,37 @@
-"""Sigmoid cross-entropy of several linear classifiers on the same features, in one pass."""
+"""Sigmoid cross-entropy, and of several linear classifiers on the same features in one pass.
+
+With z logits and y in 0..1: softplus(z) − y z, for each row and class.
+
+Reference: the negative log-likelihood of independent Bernoulli labels.
+"""
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from heads.losses.base import ClassStatistics, Loss, LossConfig, as_multi_hot
 from heads.losses.stacked import StackedLinearLoss
+
+
+class BinaryCrossEntropyConfig(LossConfig):
+    """Sigmoid cross-entropy of each class by itself."""
+
+    kind: Literal["bce"] = "bce"
+    """Loss kind."""
+
+    def build(self, statistics: ClassStatistics) -> "BinaryCrossEntropy":
+        """The loss; needs no counts."""
+        return BinaryCrossEntropy()
+
+
+class BinaryCrossEntropy(Loss):
+    """softplus(z) − y z."""
+
+    def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(B, C) float32; see `Loss.terms`."""
+        logits = logits.float()
+        return F.softplus(logits) - as_multi_hot(targets, logits.shape[-1]) * logits
 
 
 def stacked_binary_cross_entropy(

@@ -1,8 +1,39 @@
-"""Softmax cross-entropy of several linear classifiers on the same features, in one pass."""
+"""Softmax cross-entropy, and of several linear classifiers on the same features in one pass.
 
+With z logits and y the true class: log Σ_c exp z_c − z_y, for each row.
+
+Reference: the negative log-likelihood of one label a row under a softmax.
+"""
+
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
 from torch import Tensor
 
+from featcache.manifest import Task
+from heads.losses.base import ClassStatistics, Loss, LossConfig
 from heads.losses.stacked import StackedLinearLoss
+
+
+class CrossEntropyConfig(LossConfig):
+    """Softmax cross-entropy over the classes of a single-label set."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("single_label",)
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    """Loss kind."""
+
+    def build(self, statistics: ClassStatistics) -> "CrossEntropy":
+        """The loss; needs no counts."""
+        return CrossEntropy()
+
+
+class CrossEntropy(Loss):
+    """log Σ_c exp z_c − z_y."""
+
+    def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(B,) float32; see `Loss.terms`."""
+        return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def stacked_cross_entropy(

@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from featcache.errors import ConfigError
-from heads.base import FeatureSpec, Head, HeadConfig, OptimDefaults
+from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.binary_cross_entropy import stacked_binary_cross_entropy
 from heads.losses.cross_entropy import stacked_cross_entropy
 
@@ -155,16 +155,16 @@ class Linear(Head):
         """(B, C) logits of the first classifier; see `Head.forward`."""
         return self._logits(self.scale(features), 0)
 
-    def candidates(self, features: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def candidates(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Name and (B, C) logits of each classifier, in grid order."""
-        scaled = self.scale(features)
+        scaled = self.scale(*features)
         for index, pair in enumerate(self.pairs):
             yield pair_name(*pair), self._logits(scaled, index)
 
-    def loss(self, features: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, features: Features, targets: Tensor, progress: float) -> dict[str, Tensor]:
         """Sum over classifiers under "loss" (each then gets its own gradient), and the best's."""
         stacked = stacked_binary_cross_entropy if self.multi_label else stacked_cross_entropy
-        losses = stacked(self.scale(features), [*self.weights], [*self.biases], targets)
+        losses = stacked(self.scale(*features), [*self.weights], [*self.biases], targets)
         return {"loss": losses.sum(), "best_loss": losses.detach().min()}
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:

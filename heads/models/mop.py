@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from featcache.errors import ConfigError
 from featcache.prompts import choose, expand
-from heads.base import FeatureSpec, Head, HeadConfig, OptimDefaults
+from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.mixture_of_prompts import (
     Method,
     PenaltyReduction,
@@ -251,15 +251,15 @@ class Mop(Head):
         """
         return self.scale * max_cosines(_unit(features), self.base, self.offsets)
 
-    def loss(self, features: Tensor, targets: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, features: Features, targets: Tensor, progress: float) -> dict[str, Tensor]:
         """Mixture, classification and offset losses, and the anti-collapse terms that have weight.
 
         Args:
-            features: (B, D) float32, as stored.
+            features: the image features alone, (B, D) float32, as stored.
             targets: (B,) int64 class indices.
             progress: share of all optimiser steps already taken, 0..1; τ follows it.
         """
-        unit = _unit(features)
+        unit = _unit(*features)
         tau = self.tau(progress)
         parts = mixture_of_prompts_loss(
             unit,

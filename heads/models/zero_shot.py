@@ -174,9 +174,10 @@ class ZeroShot(Head):
         """(B, C) scale × (cosine − threshold) from (B, P) features; see `Head.forward`."""
         return self._scores(F.normalize(features, dim=-1), self.vectors)
 
-    def candidates(self, features: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def candidates(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(B, C) logits of all templates together, under "", and of each alternative."""
-        unit = F.normalize(features, dim=-1)
+        (image,) = features
+        unit = F.normalize(image, dim=-1)
         yield "", self._scores(unit, self.vectors)
         for index, name in enumerate(self.names):
             yield name, self._scores(unit, self.get_buffer(f"alternative_{index}"))

@@ -92,7 +92,7 @@ def train(
     for step in range(num_steps):
         rows = slice(100 * (step % 4), 100 * (step % 4) + 100)
         optim.set_lr(optimizer, factor(step))
-        loss = head.loss(features[rows], targets[rows], step / num_steps)["loss"]
+        loss = head.loss((features[rows],), targets[rows], step / num_steps)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

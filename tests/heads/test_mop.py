@@ -37,6 +37,11 @@ def batch(num_rows: int = 24) -> tuple[Tensor, Tensor]:
     return 7.0 * (centres[targets] + 0.3 * torch.randn(num_rows, D)), targets
 
 
+def loss_batch() -> tuple[tuple[Tensor], Tensor]:
+    features, targets = batch()
+    return (features,), targets
+
+
 def test_init_gives_distinct_offsets_around_the_text() -> None:
     head = MopConfig(num_prompts=4).build(spec())
     assert head.offsets.shape == (C, 4, D)
@@ -64,7 +69,7 @@ def test_training_steps_lower_the_loss_and_move_only_offsets(preset: Any) -> Non
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
     losses = []
     for _ in range(15):
-        parts = head.loss(features, targets, 0.5)
+        parts = head.loss((features,), targets, 0.5)
         optimizer.zero_grad()
         parts["loss"].backward()
         optimizer.step()
@@ -76,7 +81,7 @@ def test_training_steps_lower_the_loss_and_move_only_offsets(preset: Any) -> Non
 
 def test_parts_add_up() -> None:
     head = MopConfig(num_prompts=4, mixture_weight=0.3).build(spec())
-    parts = head.loss(*batch(), 0.0)
+    parts = head.loss(*loss_batch(), 0.0)
     total = 0.3 * parts["loss_mixture"] + 0.7 * parts["loss_cls"] + parts["loss_reg"]
     torch.testing.assert_close(parts["loss"].detach(), total)
     assert not parts["loss_cls"].requires_grad
@@ -87,7 +92,7 @@ def test_tau_goes_linearly_and_can_stay() -> None:
     assert [head.tau(p) for p in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     held = MopConfig(tau_start=1.0, tau_end=0.2, anneal_tau=False).build(spec())
     assert held.tau(1.0) == 1.0
-    assert float(head.loss(*batch(), 0.5)["tau"]) == pytest.approx(0.6)
+    assert float(head.loss(*loss_batch(), 0.5)["tau"]) == pytest.approx(0.6)
 
 
 def test_lower_temperature_gives_sharper_assignments() -> None:
@@ -118,22 +123,22 @@ def test_anti_collapse_terms_join_the_loss() -> None:
     head = MopConfig(
         num_prompts=4, diversity_weight=0.1, entropy_weight=0.01, min_usage_weight=0.2
     ).build(spec())
-    parts = head.loss(features, targets, 0.0)
+    parts = head.loss((features,), targets, 0.0)
     without = Mop(head.base, num_prompts=4)
     without.load_trained_state(head.trained_state())
     extra = (
         0.1 * parts["loss_diversity"] + 0.01 * parts["loss_entropy"] + 0.2 * parts["loss_min_usage"]
     )
     torch.testing.assert_close(
-        parts["loss"].detach(), without.loss(features, targets, 0.0)["loss"].detach() + extra
+        parts["loss"].detach(), without.loss((features,), targets, 0.0)["loss"].detach() + extra
     )
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
     start = float(parts["loss_diversity"])
     for _ in range(5):
         optimizer.zero_grad()
-        head.loss(features, targets, 0.0)["loss"].backward()
+        head.loss((features,), targets, 0.0)["loss"].backward()
         optimizer.step()
-    assert float(head.loss(features, targets, 0.0)["loss_diversity"]) < start
+    assert float(head.loss((features,), targets, 0.0)["loss_diversity"]) < start
 
 
 def test_preset_fills_what_is_not_given() -> None:
@@ -191,7 +196,7 @@ def test_f02_small_noise_is_not_zero_and_prompts_separate() -> None:
     """F-02: offsets that start at zero get equal gradients and stay one prompt for ever."""
     head = MopConfig(init="small_noise", num_prompts=4).build(spec())
     assert 0.0 < float(head.offsets.detach().std()) < 0.005
-    head.loss(*batch(), 0.0)["loss"].backward()
+    head.loss(*loss_batch(), 0.0)["loss"].backward()
     assert head.offsets.grad is not None
     used = head.offsets.grad[batch()[1].unique()]
     assert bool((used[:, 0] != used[:, 1]).any(dim=-1).all())
@@ -201,8 +206,8 @@ def test_f04_saturating_product_is_said_once_in_one_line(caplog: pytest.LogCaptu
     """F-04: scale 50 and temperature 0.07 multiply cosines by 714."""
     with caplog.at_level(logging.WARNING):
         head = MopConfig(preset="seed").build(spec())
-        head.loss(*batch(), 0.0)
-        head.loss(*batch(), 0.5)
+        head.loss(*loss_batch(), 0.0)
+        head.loss(*loss_batch(), 0.5)
     (record,) = caplog.records
     assert "multiplies cosines by 714" in record.getMessage()
     assert "\n" not in record.getMessage()
@@ -225,7 +230,7 @@ def test_f05_penalty_per_prompt_does_not_shrink_with_classes() -> None:
         with torch.no_grad():
             head.offsets.copy_(F.normalize(head.offsets, dim=-1))
         features, targets = batch()
-        value = head.loss(features, targets % 5, 0.0)["loss_reg"]
+        value = head.loss((features,), targets % 5, 0.0)["loss_reg"]
         return float(value), prompts.shape[-1]
 
     assert pull(few, "sum_per_prompt")[0] == pytest.approx(1.0, rel=1e-5)

@@ -103,7 +103,7 @@ def test_there_is_nothing_to_train() -> None:
     head = ZeroShot(ensemble(prompts()), scale=1.0)
     assert not head.trainable
     with pytest.raises(TypeError, match="nothing to train"):
-        head.loss(torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64), 0.0)
+        head.loss((torch.zeros(1, 8),), torch.zeros(1, dtype=torch.int64), 0.0)
 
 
 def test_weights_have_to_fit() -> None:

@@ -1,0 +1,74 @@
+"""What a loss on logits must offer: a config that builds it, and its terms before any mean.
+
+Adding a loss is one new file in `heads/losses`: subclass `LossConfig` and `Loss`. Losses of whole
+heads that see more than logits (mixture of prompts) are functions in files of their own.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featcache.config import Config
+from featcache.manifest import Task
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """What losses for long-tailed sets are told about the rows that are trained on.
+
+    Attributes:
+        counts: (C,) int64 n_c, rows with class c.
+        num_rows: N, all rows.
+    """
+
+    counts: npt.NDArray[np.int64]
+    num_rows: int
+
+
+class Loss(nn.Module, ABC):
+    """A loss on logits: elementwise, or one number a row, until the mean at the very end."""
+
+    @abstractmethod
+    def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The unreduced loss.
+
+        Args:
+            logits: (B, C) of any float type; computed in float32 from here on.
+            targets: (B, C) float 0..1, or (B,) int64 class indices, which losses for several labels
+                read as one-hot rows (`as_multi_hot`).
+
+        Returns:
+            (B, C) or (B,) float32.
+        """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """0-d float32 mean of `terms`."""
+        return self.terms(logits, targets).mean()
+
+
+class LossConfig(Config):
+    """Options that every loss shares."""
+
+    tasks: ClassVar[tuple[Task, ...]] = ("single_label", "multi_label")
+    """Tasks that the loss is defined for; sigmoid losses take one label a row as a one-hot row."""
+    needs_cosines: ClassVar[bool] = False
+    """Whether logits have to be scaled cosines, as a head with `cosine=true` gives them."""
+
+    kind: str
+    """Loss kind."""
+
+    @abstractmethod
+    def build(self, statistics: ClassStatistics) -> Loss:
+        """The loss, with class counts taken from the rows that are trained on."""
+
+
+def as_multi_hot(targets: Tensor, num_classes: int) -> Tensor:
+    """(B, C) float32 targets from (B,) class indices; multi-hot ones as they are."""
+    if targets.ndim == 1:
+        return F.one_hot(targets, num_classes).float()
+    return targets

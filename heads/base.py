@@ -180,6 +180,10 @@ class HeadConfig(Config):
         """Further arrays that only `Head.loss` reads, after those of `arrays`."""
         return ()
 
+    def wants_prompts(self) -> bool:
+        """`needs_prompts`, for heads whose options decide it."""
+        return self.needs_prompts
+
     def wants_cooccurrence(self) -> bool:
         """Whether `build` needs `FeatureSpec.cooccurrence`."""
         return False

@@ -334,7 +334,7 @@ def describe_head(
 
 def template_list(cache: Cache, config: HeadConfig) -> list[str]:
     """The prompt templates that a head starts from, for this cache's classes."""
-    if not config.needs_prompts:
+    if not config.wants_prompts():
         return []
     return config.template_names(cache.classes, cache.identity.dataset.kind)
 
@@ -360,7 +360,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
         raise RunError(f"{path}: unknown head kind {record['kind']!r}; known: {', '.join(HEADS)}")
     config = HEADS[record["kind"]].model_validate(record["config"])
     prompts = None
-    if config.needs_prompts:
+    if config.wants_prompts():
         prompts = read_tensors(path / "prompts.safetensors").tensors["prompts"]
     spec = FeatureSpec(
         feature_dim=record["feature_dim"],

@@ -376,7 +376,7 @@ def feature_spec(
 ) -> FeatureSpec:
     """What a head is told about the cache: sizes, classes, statistics, class text features."""
     prompts, templates = None, run_folder.template_list(cache, head)
-    if head.needs_prompts:
+    if head.wants_prompts():
         device = table.device.type
         features = [
             class_text_features(part, templates, partial(open_cache_backbone, part, device))

@@ -6,7 +6,8 @@ Adding a head is one new file in `heads/models`: subclass `HeadConfig` and `Head
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from featcache.config import Config
 from featcache.manifest import Task
 from heads.losses.base import Loss
+
+if TYPE_CHECKING:
+    from heads.run_folder import LoadedRun
 
 Features = tuple[Tensor, ...]
 """A batch as a head reads it: one tensor of B rows for each array that its config names, in order.
@@ -97,6 +101,9 @@ class Head(nn.Module, ABC):
 
     trainable: bool = True
     """False for heads without parameters to train (zero-shot)."""
+    selectable: bool = True
+    """False while this head's candidates must not be picked as the best, such as before the last of
+    several stages; looked at after each epoch, before `after_epoch`."""
     has_probabilities: bool = True
     """False where a multi-label logit only ranks, so that no threshold on it means anything."""
 
@@ -118,6 +125,8 @@ class Head(nn.Module, ABC):
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser parameter groups; default one group with all trainable parameters.
 
+        A group may have a "name" by which `lr_factors` speaks of it.
+
         Args:
             lr: peak learning rate; NaN where `optim_defaults` leaves the choice to the head.
             weight_decay: likewise.
@@ -128,6 +137,28 @@ class Head(nn.Module, ABC):
     def candidates(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, (B, C) logits) of each model trained side by side; most heads train just one."""
         yield "", self.forward(*features)
+
+    def monitors(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, (B, C) logits) of what is scored after each epoch but never picked.
+
+        Such as the parts of a head that are trained before the whole. Names differ from those of
+        the candidates.
+        """
+        return iter(())
+
+    def after_epoch(self, scores: Mapping[str, float]) -> None:
+        """Told the main metric of each candidate and monitor, 0..1, after each epoch's validation.
+
+        What the head keeps of them must be in registered buffers: these are saved and restored, so
+        that a resumed training goes on as if it had not been interrupted.
+        """
+
+    def lr_factors(self) -> Mapping[str, float]:
+        """Further factors of the learning rate in the coming epoch, by name of a parameter group.
+
+        0 freezes a group; one that is not named keeps its rate. See `param_groups`.
+        """
+        return {}
 
     def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
         """Tensors that training changes, by name: what `head.safetensors` holds.
@@ -199,6 +230,16 @@ class HeadConfig(Config):
 
         Raises:
             ConfigError: if the head's own options say otherwise.
+        """
+        return self
+
+    def prepared(self, open_run: "Callable[[Path], LoadedRun]") -> Self:
+        """This config with what other run folders state filled in, once before training.
+
+        The result is what the run folder records, so that it never needs the others again.
+
+        Args:
+            open_run: reads a finished run folder.
         """
         return self
 

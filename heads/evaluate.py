@@ -3,6 +3,7 @@
 python -m heads.evaluate --run runs/inat2021-linear-1a2b3c --split val
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +146,27 @@ def score_split(
     return Scores(values, _single_label_table(rows, classes))
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Top-1 (single label) or mAP (multi label) of what a head scores.
+
+    Attributes:
+        candidates: by name, of each model trained side by side; see `Head.candidates`.
+        monitors: of what is only watched; see `Head.monitors`.
+    """
+
+    candidates: dict[str, float]
+    monitors: dict[str, float]
+
+    @property
+    def all(self) -> dict[str, float]:
+        """Both, by name."""
+        return self.candidates | self.monitors
+
+
 @torch.inference_mode()
-def score_candidates(head: Head, table: FeatureTable, part: Part) -> dict[str, float]:
-    """Top-1 (single label) or mAP (multi label) of each model that a head trains side by side.
+def score_candidates(head: Head, table: FeatureTable, part: Part) -> Validation:
+    """The main metric of each candidate and monitor of a head.
 
     Args:
         head: on the table's device, in evaluation mode.
@@ -159,10 +178,13 @@ def score_candidates(head: Head, table: FeatureTable, part: Part) -> dict[str, f
     """
     num_classes = part.targets.shape[1] if part.targets.ndim == 2 else None
     right: dict[str, Any] = {}
+    watched: set[str] = set()
     targets = torch.from_numpy(part.targets).to(table.device)
     for start, stop in _spans(len(part), num_classes or 1024):
         features = table.slice(start, stop)
-        for name, logits in head.candidates(features):
+        monitors = dict(head.monitors(features))
+        watched |= monitors.keys()
+        for name, logits in itertools.chain(head.candidates(features), monitors.items()):
             _finite(logits, (start, stop))
             if num_classes is None:
                 hits = (metrics.target_rank(logits, targets[start:stop]) == 0).sum()
@@ -170,12 +192,16 @@ def score_candidates(head: Head, table: FeatureTable, part: Part) -> dict[str, f
             else:
                 right.setdefault(name, []).append(logits.float().cpu().numpy())
     if num_classes is None:
-        return {name: int(hits) / len(part) for name, hits in right.items()}
-    result = {}
-    for name, logits in right.items():
-        ap = metrics.average_precision(np.concatenate(logits), part.targets)
-        result[name] = float(np.nanmean(ap))
-    return result
+        values = {name: int(hits) / len(part) for name, hits in right.items()}
+    else:
+        values = {}
+        for name, logits in right.items():
+            ap = metrics.average_precision(np.concatenate(logits), part.targets)
+            values[name] = float(np.nanmean(ap))
+    return Validation(
+        {name: value for name, value in values.items() if name not in watched},
+        {name: value for name, value in values.items() if name in watched},
+    )
 
 
 def main_metric(task: str) -> str:

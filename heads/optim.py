@@ -1,7 +1,7 @@
 """Optimisers, learning-rate schedules, and the sizes that follow from the number of rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from torch import nn
 from featcache.config import Config
 from featcache.errors import ConfigError
 from heads.base import Head, OptimDefaults
+
+_NO_FACTORS: Mapping[str, float] = {}
 
 MIN_STEPS_PER_EPOCH = 16
 """A small split is cut into at least this many batches: fewer updates train too little."""
@@ -137,10 +139,20 @@ def build(optim: OptimConfig, head: Head) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's learning rate to `factor` times its peak."""
+def set_lr(
+    optimizer: torch.optim.Optimizer, factor: float, by_name: Mapping[str, float] = _NO_FACTORS
+) -> None:
+    """Sets each group's learning rate to `factor` times its peak.
+
+    Args:
+        optimizer: of `build`.
+        factor: see `lr_factor`.
+        by_name: further factors of groups by "name"; see `Head.lr_factors`.
+    """
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
+        if by_name:
+            group["lr"] *= by_name.get(group.get("name", ""), 1.0)
 
 
 def clip(head: nn.Module, max_norm: float) -> None:

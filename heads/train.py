@@ -5,8 +5,6 @@ python -m heads.train --cache cache/inat2021
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch import Tensor
 
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
@@ -28,11 +25,10 @@ from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import optim as optimisation
 from heads import run_folder
-from heads.base import FeatureSpec, Head, HeadConfig
-from heads.checkpoint import CHECKPOINT, NOTHING, Best, better, restore_state, save_state
+from heads.base import FeatureSpec, HeadConfig
+from heads.checkpoint import CHECKPOINT
 from heads.data import (
     FeatureTable,
-    Part,
     Parts,
     choose_parts,
     class_counts,
@@ -43,24 +39,18 @@ from heads.evaluate import (
     MetricsConfig,
     main_metric,
     metrics_table,
-    score_candidates,
     score_split,
 )
+from heads.fitting import Material, enough_threads, fit, untrained
 from heads.losses import AnyLoss, default_loss
 from heads.losses.base import ClassStatistics, Loss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
-from heads.progress import ProgressLine, duration
+from heads.progress import duration
 from heads.run_folder import RunError
 
 logger = logging.getLogger(__name__)
-
-SAVE_SECONDS = 10.0
-"""Time between two saved states, if the user names no number of epochs."""
-
-_THREADS_PAY = 2**25
-"""Multiplications a step from which on several threads are faster than the barriers they cost."""
 
 _FREE = {"cache", "join", "run", "resume", "restart", "save_every", "device", "quiet"}
 """Options that may differ between the runs of one training: they do not change what is computed."""
@@ -135,16 +125,6 @@ class TrainReport:
         return float((self.metrics.get("test") or self.metrics["val"])[name])
 
 
-@dataclass(frozen=True)
-class Material:
-    """Features and targets of the rows that train and of those that decide."""
-
-    train: FeatureTable
-    train_part: Part
-    val: FeatureTable
-    val_part: Part
-
-
 def run(config: TrainConfig) -> TrainReport:
     """Trains, evaluates and fills the run folder; the same call resumes what was interrupted."""
     cache = open_one_or_joined(config.cache, config.join)
@@ -182,10 +162,21 @@ def run(config: TrainConfig) -> TrainReport:
         val = FeatureTable(array, parts.val.rows, device)
         material = Material(train, parts.train, val, parts.val)
         if head.trainable:
-            with _enough_threads(head, config.optim.batch_size):
-                best, history = fit(head, material, config, cache.task, cache.fingerprint)
+            with enough_threads(head, config.optim.batch_size):
+                best, history = fit(
+                    head,
+                    material,
+                    config.optim,
+                    folder=folder,
+                    fingerprint=cache.fingerprint,
+                    metric=main_metric(cache.task),
+                    seed=config.seed,
+                    patience=config.patience,
+                    save_every=config.save_every,
+                    quiet=config.quiet,
+                )
         else:
-            best, history = _untrained(head.eval(), material), []
+            best, history = untrained(head.eval(), material), []
         chosen = config.head.only(best.candidate)
         final = chosen.build(spec).to(device).eval()
         final.load_trained_state({name: t.to(device) for name, t in best.state.items()})
@@ -227,96 +218,6 @@ def run(config: TrainConfig) -> TrainReport:
     return report
 
 
-def fit(
-    head: Head, material: Material, config: TrainConfig, task: str, cache_fingerprint: str
-) -> tuple[Best, list[dict[str, Any]]]:
-    """Trains `head` in place; returns the best model by validation and one record an epoch.
-
-    After every `save_every` epochs the whole state is on disk. Order of rows and all random numbers
-    of an epoch follow from (seed, epoch), so that a resumed training repeats an uninterrupted one
-    bit for bit.
-
-    Raises:
-        RunError: if a loss is NaN or infinite, with the optimiser step.
-    """
-    assert config.run is not None, "not resolved"
-    table, device = material.train, material.train.device
-    optim, batch_size = config.optim, config.optim.batch_size
-    assert batch_size is not None, "not resolved"
-    assert optim.epochs is not None, "not resolved"
-    num_rows, num_steps = len(table), optim.num_steps(len(table))
-    factor = optimisation.lr_factor(optim.schedule, num_steps)
-    optimizer = optimisation.build(optim, head)
-    targets = torch.from_numpy(material.train_part.targets)
-    targets = targets.to(device, torch.float32 if targets.ndim == 2 else torch.int64)
-    best, history = NOTHING, list[dict[str, Any]]()
-    last = config.run / CHECKPOINT
-    if last.is_file():
-        saved_state = run_folder.read_tensors(last)
-        best, history = restore_state(saved_state, head, optimizer, cache_fingerprint)
-    progress = ProgressLine(config.quiet)
-    first_epoch, started = len(history), time.perf_counter()
-    saved = started
-    step = first_epoch * (num_steps // optim.epochs)
-    for epoch in range(first_epoch, optim.epochs):
-        if config.patience is not None and epoch - best.epoch >= config.patience:
-            break
-        epoch_started = time.perf_counter()
-        generator = torch.Generator().manual_seed(_mixed(config.seed, epoch))
-        torch.manual_seed(_mixed(config.seed, epoch))
-        order = torch.randperm(num_rows, generator=generator)
-        views = None
-        if table.num_views > 1:
-            views = torch.randint(table.num_views, (num_rows,), generator=generator)
-        head.train()
-        losses: dict[str, list[Tensor]] = {}
-        for start in range(0, num_rows, batch_size):
-            index = order[start : start + batch_size]
-            features = table.batch(index, None if views is None else views[index])
-            optimisation.set_lr(optimizer, factor(step))
-            parts = head.loss((features,), targets[index.to(device)], step / num_steps)
-            optimizer.zero_grad(set_to_none=True)
-            parts["loss"].backward()  # type: ignore[no-untyped-call]
-            if optim.clip_norm is not None:
-                optimisation.clip(head, optim.clip_norm)
-            optimizer.step()
-            step += 1
-            for name, value in parts.items():
-                losses.setdefault(name, []).append(value.detach())
-        means = _epoch_means(losses, step)
-        head.eval()
-        values = score_candidates(head, material.val, material.val_part)
-        best = better(best, values, head, epoch + 1)
-        now = time.perf_counter()
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "step": step,
-                **means,
-                f"val_{main_metric(task)}": max(values.values()),
-                "lr": max(group["lr"] for group in optimizer.param_groups),
-                "seconds": now - epoch_started,
-            }
-        )
-        if config.save_every is None:
-            due = now - saved >= SAVE_SECONDS
-        else:
-            due = (epoch + 1) % config.save_every == 0
-        if due and epoch + 1 < optim.epochs:
-            run_folder.write_history(config.run / "history.jsonl", history)
-            save_state(last, head, optimizer, best, history, cache_fingerprint)
-            saved = now
-        left = (now - started) / (epoch + 1 - first_epoch) * (optim.epochs - epoch - 1)
-        progress.show(
-            f"epoch {epoch + 1}/{optim.epochs}  loss {means.get('best_loss', means['loss']):.4f}  "
-            f"val {main_metric(task)} {max(values.values()):.2%} (best {best.value:.2%})  "
-            f"{num_rows / (now - epoch_started):,.0f} rows/s  {duration(left)} left"
-        )
-    progress.close()
-    run_folder.write_history(config.run / "history.jsonl", history)
-    return best, history
-
-
 def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]:
     """The configuration with every unset field filled in, the rows it means, and the head's array.
 
@@ -324,7 +225,8 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]
         ConfigError: options that contradict each other or the cache.
         CacheError: rows or an array are missing.
     """
-    head = config.head.with_optim(config.optim.lr, config.optim.weight_decay)
+    head = config.head.prepared(run_folder.load_run)
+    head = head.with_optim(config.optim.lr, config.optim.weight_decay)
     array = feature_array(cache, head)
     parts = choose_parts(
         cache,
@@ -419,24 +321,6 @@ def summary(report: TrainReport) -> str:
     return "\n".join([*lines, f"run folder: {report.run}"])
 
 
-def _untrained(head: Head, material: Material) -> Best:
-    values = score_candidates(head, material.val, material.val_part)
-    return better(NOTHING, values, head, 0)
-
-
-def _epoch_means(losses: Mapping[str, list[Tensor]], step: int) -> dict[str, float]:
-    """Mean of each part of the loss; looks at the device once an epoch, not once a step."""
-    columns = {name: torch.stack(values).double().cpu() for name, values in losses.items()}
-    bad = ~torch.isfinite(columns["loss"])
-    if bad.any():
-        first = step - len(bad) + int(bad.nonzero()[0]) + 1
-        raise RunError(
-            f"the loss is {columns['loss'][bad][0].item()} at optimiser step {first}; lower "
-            "optim.lr or set optim.clip_norm"
-        )
-    return {name: float(values.mean()) for name, values in columns.items()}
-
-
 def _keep_prompts(
     folder: Path, chosen: HeadConfig, spec: FeatureSpec, cache: Cache
 ) -> dict[str, list[str]]:
@@ -487,28 +371,11 @@ def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:
     return True
 
 
-@contextmanager
-def _enough_threads(head: Head, batch_size: int | None) -> Iterator[None]:
-    """One thread for steps too small to share; measured 5x faster on a busy machine."""
-    before = torch.get_num_threads()
-    work = (batch_size or 1) * sum(p.numel() for p in head.parameters() if p.requires_grad)
-    torch.set_num_threads(1 if work < _THREADS_PAY else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _clear(folder: Path) -> None:
     # config.yaml last: a folder without it counts as empty, one with it must be whole.
     for pattern in ("metrics*.json", "history.jsonl", "curves.png", "*.safetensors", "config.yaml"):
         for file in folder.glob(pattern):
             file.unlink()
-
-
-def _mixed(seed: int, epoch: int) -> int:
-    """A 63-bit seed; neighbouring seeds and epochs share nothing."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _title(config: TrainConfig) -> str:

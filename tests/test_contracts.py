@@ -21,6 +21,7 @@ from heads.base import Features, FeatureSpec, Head, HeadConfig
 from heads.losses import LOSSES, default_loss
 from heads.losses.base import ClassStatistics, Loss
 from heads.models import HEADS
+from heads.run_folder import load_run
 
 NUM_CLASSES, DIM, NUM_TOKENS = 5, 16, 4
 TASKS = ("single_label", "multi_label")
@@ -216,6 +217,50 @@ class TestHeads:
         grouped = [p for group in head.param_groups(0.1, 0.0) for p in group["params"]]
         assert len(grouped) == len({id(p) for p in grouped})
         assert {id(p) for p in grouped} == {id(p) for p in head.parameters() if p.requires_grad}
+
+    def test_named_groups_are_those_whose_rate_the_head_moves(self, kind: str, task: str) -> None:
+        head = build(kind, task)
+        if not head.trainable:
+            return
+        names = {group.get("name") for group in head.param_groups(0.1, 0.0)}
+        factors = head.lr_factors()
+        assert set(factors) <= names, "a factor of a group that does not exist"
+        assert all(factor >= 0 for factor in factors.values())
+
+    def test_monitors_are_scores_beside_the_candidates(self, kind: str, task: str) -> None:
+        head, features = build(kind, task).eval(), inputs(kind, task)
+        candidates = dict(head.candidates(*features))
+        monitors = dict(head.monitors(*features))
+        assert not candidates.keys() & monitors.keys()
+        for name, logits in monitors.items():
+            assert logits.shape == (len(features[0]), NUM_CLASSES), name
+
+    def test_what_a_validation_tells_the_head_is_in_its_state_dict(
+        self, kind: str, task: str
+    ) -> None:
+        head, other = build(kind, task), build(kind, task)
+        features = inputs(kind, task)
+        names = [name for name, _ in (*head.candidates(*features), *head.monitors(*features))]
+        for value in (0.5, 0.6, 0.6, 0.6):
+            head.after_epoch(dict.fromkeys(names, value))
+        other.load_state_dict(head.state_dict())
+        assert other.lr_factors() == head.lr_factors()
+        assert other.selectable == head.selectable
+        for value in (0.6, 0.7):  # and they go on alike
+            for one in (head, other):
+                one.after_epoch(dict.fromkeys(names, value))
+            assert other.lr_factors() == head.lr_factors()
+            assert other.selectable == head.selectable
+        for name, tensor in head.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name]), name
+
+    def test_a_config_that_names_no_other_run_is_prepared_as_it_is(
+        self, kind: str, task: str
+    ) -> None:
+        config = member_of(f"heads/{kind}")
+        assert isinstance(config, HeadConfig)
+        if "base" not in type(config).model_fields and "runs" not in type(config).model_fields:
+            assert config.prepared(load_run) == config
 
     def test_the_seed_fixes_the_result(self, kind: str, task: str) -> None:
         features, targets = batch(kind, task)

@@ -115,9 +115,9 @@ def test_a_training_goes_on_with_the_rows_it_mapped(
     undisturbed = train.run(config(tmp_path / "copy", tmp_path / "undisturbed"))
     fit = train.fit
 
-    def disturbed(*arguments: Any) -> Any:
+    def disturbed(*arguments: Any, **options: Any) -> Any:
         grow(4)
-        return fit(*arguments)
+        return fit(*arguments, **options)
 
     monkeypatch.setattr(train, "fit", disturbed)
     report = train.run(config(cache, tmp_path / "run"))

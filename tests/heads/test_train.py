@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from featcache.errors import CacheError, ConfigError
 from featcache.reader import open_cache
-from heads import data, run_folder, train
+from heads import data, fitting, run_folder, train
+from heads.evaluate import Validation
 from heads.models.linear import Linear, LinearConfig
 from heads.optim import OptimConfig, ScheduleConfig
 from heads.run_folder import RunError, load_run
@@ -89,15 +90,15 @@ def test_no_file_of_a_run_folder_needs_pickle(make_single: CacheMaker) -> None:
 def _run_interrupted(options: TrainConfig, after_epochs: int) -> None:
     """Trains until the validation after that many epochs, where the user presses ^C."""
     with pytest.MonkeyPatch.context() as patch:
-        original, calls = train.score_candidates, []
+        original, calls = fitting.score_candidates, []
 
-        def stopping(*arguments: Any) -> dict[str, float]:
+        def stopping(*arguments: Any) -> Validation:
             calls.append(1)
             if len(calls) > after_epochs:
                 raise KeyboardInterrupt
             return original(*arguments)
 
-        patch.setattr(train, "score_candidates", stopping)
+        patch.setattr(fitting, "score_candidates", stopping)
         train.run(options)
 
 
@@ -142,8 +143,8 @@ def test_without_resume_an_interrupted_training_begins_anew(
         _run_interrupted(asked, 2)
     assert (tmp_path / "run" / "last.safetensors").is_file()
     epochs = []
-    original = train._epoch_means
-    monkeypatch.setattr(train, "_epoch_means", lambda *args: epochs.append(1) or original(*args))
+    original = fitting._epoch_means
+    monkeypatch.setattr(fitting, "_epoch_means", lambda *args: epochs.append(1) or original(*args))
     train.run(asked.model_copy(update={"resume": False}))
     assert len(epochs) == 4
 

@@ -25,12 +25,12 @@ from featcache.errors import ConfigError
 from featcache.prompts import choose, expand
 from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.mixture_of_prompts import (
-    Method,
     PenaltyReduction,
     max_cosines,
     mixture_of_prompts_loss,
 )
-from heads.losses.prompt_collapse import prompt_collapse_terms
+from heads.losses.prompt_collapse import NO_COLLAPSE, Collapse
+from heads.losses.prompt_scores import Method
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +171,12 @@ class MopConfig(HeadConfig):
             tau_start=self.tau_start,
             tau_end=self.tau_end if self.anneal_tau else self.tau_start,
             init_std=self.init_std or _INIT_STD[self.init],
-            diversity_weight=self.diversity_weight,
-            entropy_weight=self.entropy_weight,
-            min_usage_weight=self.min_usage_weight,
-            min_usage=self.min_usage,
+            collapse=Collapse(
+                diversity=self.diversity_weight,
+                entropy=self.entropy_weight,
+                min_usage=self.min_usage_weight,
+                usage_threshold=self.min_usage,
+            ),
             method=self.method,
         )
 
@@ -211,10 +213,7 @@ class Mop(Head):
         tau_start: float = 1.0,
         tau_end: float = 0.05,
         init_std: float = 0.01,
-        diversity_weight: float = 0.0,
-        entropy_weight: float = 0.0,
-        min_usage_weight: float = 0.0,
-        min_usage: float = 0.05,
+        collapse: Collapse = NO_COLLAPSE,
         method: Method = "auto",
     ) -> None:
         super().__init__()
@@ -228,9 +227,7 @@ class Mop(Head):
         self.penalty_reduction: PenaltyReduction = penalty_reduction
         self.hard = hard
         self.tau_start, self.tau_end = tau_start, tau_end
-        self.diversity_weight = diversity_weight
-        self.entropy_weight = entropy_weight
-        self.min_usage_weight, self.min_usage = min_usage_weight, min_usage
+        self.collapse = collapse
         self.method: Method = method
 
     def tau(self, progress: float) -> float:
@@ -259,10 +256,9 @@ class Mop(Head):
             targets: (B,) int64 class indices.
             progress: share of all optimiser steps already taken, 0..1; τ follows it.
         """
-        unit = _unit(*features)
         tau = self.tau(progress)
         parts = mixture_of_prompts_loss(
-            unit,
+            _unit(*features),
             self.base,
             self.offsets,
             targets,
@@ -273,6 +269,7 @@ class Mop(Head):
             offset_penalty=self.offset_penalty,
             penalty_reduction=self.penalty_reduction,
             hard=self.hard,
+            collapse=self.collapse,
             method=self.method,
         )
         result = {
@@ -282,22 +279,9 @@ class Mop(Head):
             "loss_reg": parts.penalty,
             "tau": parts.loss.new_tensor(tau),
         }
-        weights = (self.diversity_weight, self.entropy_weight, self.min_usage_weight)
-        if not any(weights):
-            return result
-        terms = prompt_collapse_terms(
-            unit,
-            self.base,
-            self.offsets,
-            targets,
-            scale=self.scale,
-            tau=tau,
-            usage_threshold=self.min_usage,
-        )
-        for weight, name, term in zip(weights, terms._fields, terms, strict=True):
-            if weight > 0.0:
-                result["loss"] = result["loss"] + weight * term
-                result[f"loss_{name}"] = term.detach()
+        for name in ("diversity", "entropy", "min_usage"):
+            if getattr(self.collapse, name) > 0.0:
+                result[f"loss_{name}"] = getattr(parts, name)
         return result
 
     @torch.no_grad()

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads.losses import mixture_of_prompts as module
-from heads.losses import prompt_chunks
+from heads.losses import prompt_chunks, prompt_gradient, prompt_scores
 from heads.losses.mixture_of_prompts import max_cosines, mixture_of_prompts_loss
-from heads.losses.prompt_collapse import prompt_collapse_terms
+from heads.losses.prompt_collapse import Collapse
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from plain_mop import plain_mop_loss
+from plain_mop import plain_collapse_terms, plain_mop_loss
 
 METHODS = ["screen", "float32", "dense"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def test_equals_the_written_out_form(
     found = mixture_of_prompts_loss(features, base, offsets, targets, method=method, **options)
     found.loss.backward()
     assert offsets.grad is not None
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(found[:4], expected, strict=True):
         torch.testing.assert_close(one.detach().double(), other, rtol=1e-5, atol=1e-4)
     error = (offsets.grad - expected_gradient).norm() / expected_gradient.norm()
     assert error < 1e-4
@@ -76,7 +76,7 @@ def test_many_small_ragged_chunks_change_nothing(
     method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, base, offsets, targets = problem((40, 101, 8, 64))
-    for where in (module, prompt_chunks):
+    for where in (module, prompt_chunks, prompt_gradient):
         monkeypatch.setattr(where, "chunk_classes", lambda *_: 7)
     expected, expected_gradient = plain(features, base, offsets, targets)
     offsets.requires_grad_()
@@ -89,7 +89,7 @@ def test_many_small_ragged_chunks_change_nothing(
 
 def test_without_sparse_products_the_gradient_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     features, base, offsets, targets = problem((40, 101, 8, 64))
-    for where in (module, prompt_chunks):
+    for where in (prompt_scores, prompt_gradient):
         monkeypatch.setattr(where, "sparse_products", lambda _: False)
     _, expected = plain(features, base, offsets, targets)
     offsets.requires_grad_()
@@ -121,10 +121,10 @@ def test_more_than_256_prompts_a_class() -> None:
 
 def test_too_many_pairs_turn_the_sparse_way_dense() -> None:
     features, base, offsets, targets = problem((40, 101, 8, 64))
-    terms = module._Terms(20.0, 1.0, 1.0, 0.5, 0.0, False)
-    assert module._sparse_scores(features, base, offsets, targets, terms, screen=True) is None
-    terms = module._Terms(50.0, 1.0, 0.001, 0.5, 0.0, False)
-    scores = module._sparse_scores(features, base, offsets, targets, terms, screen=True)
+    terms = prompt_scores.Terms(20.0, 1.0, 1.0, 0.5, 0.0, False)
+    assert prompt_scores.sparse_scores(features, base, offsets, targets, terms, screen=True) is None
+    terms = prompt_scores.Terms(50.0, 1.0, 0.001, 0.5, 0.0, False)
+    scores = prompt_scores.sparse_scores(features, base, offsets, targets, terms, screen=True)
     assert scores is not None
     assert len(scores.pairs) == 3
     assert scores.pairs[0].numel() < 0.1 * 40 * 101
@@ -136,7 +136,9 @@ def test_screening_error_bound_holds() -> None:
     prompts = F.normalize(torch.randn(300, 64), dim=1)
     rough = (features.bfloat16() @ prompts.bfloat16().t()).float()
     exact = features.double() @ prompts.double().t()
-    bound = module._factors_error(features) + module._ROUNDING * (exact.abs().max() + 0.02)
+    bound = prompt_scores._factors_error(features) + prompt_scores._ROUNDING * (
+        exact.abs().max() + 0.02
+    )
     assert (rough - exact).abs().max() < bound
     assert bound < 0.01
 
@@ -180,7 +182,7 @@ def test_f03_never_holds_rows_x_classes_x_prompts(
 ) -> None:
     """F-03: memory grew with B x C x K and with a normalised copy of all prompts."""
     shape = num_rows, num_classes, num_prompts, dim = (64, 120, 16, 8)
-    for where in (module, prompt_chunks):
+    for where in (module, prompt_chunks, prompt_gradient):
         monkeypatch.setattr(where, "chunk_classes", lambda *_: 10)
     features, base, offsets, targets = problem(shape)
     offsets.requires_grad_()
@@ -205,7 +207,7 @@ def test_f03_never_holds_rows_x_classes_x_prompts(
 
 
 def test_max_cosines_with_and_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for where in (module, prompt_chunks):
+    for where in (module, prompt_chunks, prompt_gradient):
         monkeypatch.setattr(where, "chunk_classes", lambda *_: 4)
     features, base, offsets, _ = problem((7, 13, 4, 32))
     prompts = F.normalize(base.unsqueeze(1) + offsets, dim=-1)
@@ -221,10 +223,46 @@ def test_max_cosines_with_and_without_gradient(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(gradient, wanted)
 
 
+COLLAPSE = Collapse(diversity=3.0, entropy=0.7, min_usage=0.4, usage_threshold=0.3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(20, 6, 3, 16), (40, 101, 8, 64), (4, 3, 1, 8)], ids=str)
+@pytest.mark.parametrize("tau", [2.0, 0.1])
+def test_collapse_terms_and_gradient_equal_the_written_out_form(
+    shape: tuple[int, int, int, int], method: Any, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in (module, prompt_chunks, prompt_gradient):
+        monkeypatch.setattr(where, "chunk_classes", lambda *_: 7)
+    features, base, offsets, targets = problem(shape, spread=0.3)
+    exact = offsets.double().requires_grad_()
+    terms = plain_collapse_terms(
+        features.double(), base.double(), exact, targets, scale=10.0, tau=tau, usage_threshold=0.3
+    )
+    expected = plain_mop_loss(
+        features.double(), base.double(), exact, targets, scale=10.0, tau=tau
+    )[0]
+    expected = expected + 3.0 * terms[0] + 0.7 * terms[1] + 0.4 * terms[2]
+    expected.backward()  # type: ignore[no-untyped-call]
+    offsets.requires_grad_()
+    found = mixture_of_prompts_loss(
+        features, base, offsets, targets, scale=10.0, tau=tau, collapse=COLLAPSE, method=method
+    )
+    found.loss.backward()
+    assert offsets.grad is not None
+    assert exact.grad is not None
+    for one, other in zip(found[4:], terms, strict=True):
+        torch.testing.assert_close(one.double(), other.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.loss.detach().double(), expected.detach(), rtol=1e-5, atol=1e-4
+    )
+    assert (offsets.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
+
+
 def test_collapse_terms_equal_a_slow_loop() -> None:
     features, base, offsets, targets = problem((20, 6, 3, 16), spread=0.5)
-    found = prompt_collapse_terms(
-        features, base, offsets, targets, scale=10.0, tau=2.0, usage_threshold=0.3
+    found = mixture_of_prompts_loss(
+        features, base, offsets, targets, scale=10.0, tau=2.0, collapse=COLLAPSE
     )
     diversity, entropy, shortfall = [], [], []
     for index in targets.unique().tolist():
@@ -244,12 +282,39 @@ def test_collapse_terms_equal_a_slow_loop() -> None:
     assert float(found.min_usage) == pytest.approx(sum(shortfall) / len(shortfall), rel=1e-4)
 
 
-def test_collapse_terms_of_one_prompt_have_a_gradient() -> None:
-    features, base, offsets, targets = problem((4, 3, 1, 8))
+@pytest.mark.parametrize("method", ["screen", "float32"])
+def test_a_row_sparse_gradient_is_the_whole_one_of_the_touched_classes(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in (module, prompt_chunks, prompt_gradient):
+        monkeypatch.setattr(where, "chunk_classes", lambda *_: 7)
+    features, base, offsets, targets = problem((20, 101, 8, 64))
+    options: dict[str, Any] = {"collapse": COLLAPSE, "method": method, "offset_penalty": 5.0}
     offsets.requires_grad_()
-    terms = prompt_collapse_terms(
-        features, base, offsets, targets, scale=10.0, tau=1.0, usage_threshold=0.5
+    mixture_of_prompts_loss(features, base, offsets, targets, **options).loss.backward()
+    assert offsets.grad is not None
+    whole = offsets.grad
+    offsets.grad = None
+    mixture_of_prompts_loss(
+        features, base, offsets, targets, touched_share=1e-6, **options
+    ).loss.backward()
+    part = offsets.grad
+    assert part is not None
+    assert part.is_sparse
+    touched = part.coalesce().indices()[0]
+    assert set(targets.tolist()) <= set(touched.tolist())
+    assert len(touched) < 101
+    scale = whole.abs().max()
+    torch.testing.assert_close(
+        part.coalesce().values(), whole[touched], rtol=1e-4, atol=float(1e-5 * scale)
     )
-    assert float(terms.diversity.detach()) == 0.0
-    (gradient,) = torch.autograd.grad(sum(terms), offsets)
-    assert gradient.isfinite().all()
+
+
+def test_a_flat_softmax_touches_every_class() -> None:
+    features, base, offsets, targets = problem((7, 13, 4, 32))
+    offsets.requires_grad_()
+    mixture_of_prompts_loss(
+        features, base, offsets, targets, scale=1.0, touched_share=1e-6
+    ).loss.backward()
+    assert offsets.grad is not None
+    assert not offsets.grad.is_sparse

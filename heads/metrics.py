@@ -72,6 +72,7 @@ class RowScores:
         rank: how many classes come before the true one (0 = right answer).
         confidence: softmax probability of `predicted`.
         margin: `confidence` minus the runner-up's probability.
+        calibrated: probability of `predicted` after temperature scaling; see `heads.calibration`.
         taxa: level -> taxon with the largest sum of probabilities.
     """
 
@@ -80,6 +81,7 @@ class RowScores:
     rank: npt.NDArray[np.int64]
     confidence: npt.NDArray[np.float32]
     margin: npt.NDArray[np.float32]
+    calibrated: npt.NDArray[np.float32]
     taxa: Mapping[str, npt.NDArray[np.int64]]
 
     def __len__(self) -> int:
@@ -115,15 +117,19 @@ def target_rank(logits: Tensor, labels: Tensor) -> Tensor:
     return rank
 
 
-def score_rows(logits: Tensor, labels: Tensor, taxonomy: Taxonomy | None = None) -> RowScores:
+def score_rows(
+    logits: Tensor, labels: Tensor, taxonomy: Taxonomy | None = None, temperature: float = 1.0
+) -> RowScores:
     """What single-label metrics need of each row of a batch.
 
     Args:
         logits: (B, C) finite.
         labels: (B,) int64.
         taxonomy: levels for which probabilities are summed; None = none.
+        temperature: what logits are divided by for `calibrated`, > 0.
     """
-    probabilities = logits.float().softmax(1)
+    logits = logits.float()
+    probabilities = logits.softmax(1)
     top = probabilities.topk(min(2, logits.shape[1]), dim=1).values
     runner_up = top[:, 1] if top.shape[1] > 1 else torch.zeros_like(top[:, 0])
     taxa = {}
@@ -133,12 +139,17 @@ def score_rows(logits: Tensor, labels: Tensor, taxonomy: Taxonomy | None = None)
         sums = probabilities.new_zeros(len(logits), int(code.max()) + 1)
         sums.index_add_(1, index, probabilities[:, known])
         taxa[level] = sums.argmax(1).cpu().numpy()
+    calibrated = top[:, 0]
+    if temperature != 1.0:
+        scaled = logits / temperature
+        calibrated = (scaled.amax(1) - scaled.logsumexp(1)).exp()
     return RowScores(
         label=labels.cpu().numpy(),
         predicted=logits.argmax(1).cpu().numpy(),
         rank=target_rank(logits, labels).cpu().numpy(),
         confidence=top[:, 0].cpu().numpy(),
         margin=(top[:, 0] - runner_up).cpu().numpy(),
+        calibrated=calibrated.cpu().numpy(),
         taxa=taxa,
     )
 
@@ -247,11 +258,13 @@ def multi_label_metrics(
     boundaries: tuple[int, int] = BOUNDARIES,
     threshold: float | None = 0.5,
     groups: Sequence[str] | None = None,
+    predicted: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, float]:
     """All multi-label metrics by name.
 
     `map` = mean AP over classes with at least one positive, `num_classes_skipped` = the others;
-    `map_head`, `map_medium`, `map_tail`; `map_rows` = mean AP over rows with a label. At the
+    `map_head`, `map_medium`, `map_tail`; `map_rows` = mean AP over rows with a label. `ece` = that
+    of all N x C sigmoids as statements about their class. At the
     threshold, over the whole split: micro, macro and weighted precision, recall and F1 (those of
     scikit-learn with `zero_division=0`), the same under the literature's names `cp`, `cr`, `op`,
     `or`, `of1`, and CF1 in both conventions: `cf1` = harmonic mean of CP and CR, `macro_f1` = mean
@@ -263,8 +276,9 @@ def multi_label_metrics(
         counts: (C,) training images of each class.
         boundaries: see `shot_groups`.
         threshold: probability from which on a class counts as predicted, in (0, 1); None = scores
-            that only rank: without the metrics at a threshold.
+            that only rank: without calibration error and the metrics at a threshold.
         groups: C group names that are taken instead of the counts; None = count.
+        predicted: (N, C) what counts as predicted instead; see `predictions` and `best_classes`.
     """
     ap = average_precision(scores, targets)
     labelled = targets.any(1)
@@ -277,9 +291,21 @@ def multi_label_metrics(
     if labelled.any():
         by_row = average_precision(scores[labelled].T, targets[labelled].T)
         metrics["map_rows"] = float(by_row.mean())
-    if threshold is None:
-        return metrics
-    predicted = scores >= np.log(threshold / (1 - threshold))
+    if threshold is not None:
+        metrics["ece"] = multi_label_calibration_error(scores, targets)
+        predicted = predictions(scores, threshold) if predicted is None else predicted
+    return metrics if predicted is None else metrics | threshold_metrics(predicted, targets)
+
+
+def threshold_metrics(
+    predicted: npt.NDArray[np.bool_], targets: npt.NDArray[np.uint8]
+) -> dict[str, float]:
+    """Precision, recall and F1 of all N rows by name; see `multi_label_metrics`.
+
+    Args:
+        predicted: (N, C).
+        targets: (N, C) multi-hot.
+    """
     precision, recall, f1 = precision_recall_f1(predicted, targets)
     support = targets.sum(0, dtype=np.float64)
     weights = support / max(support.sum(), 1.0)
@@ -288,7 +314,7 @@ def multi_label_metrics(
     overall_recall = _share(hits, float(support.sum()))
     overall_f1 = _harmonic(overall_precision, overall_recall)
     macro_precision, macro_recall = float(precision.mean()), float(recall.mean())
-    return metrics | {
+    return {
         "micro_precision": overall_precision,
         "micro_recall": overall_recall,
         "micro_f1": overall_f1,
@@ -305,6 +331,42 @@ def multi_label_metrics(
         "or": overall_recall,
         "of1": overall_f1,
     }
+
+
+def predictions(
+    scores: FloatArray, threshold: float | FloatArray, temperature: float = 1.0
+) -> npt.NDArray[np.bool_]:
+    """(N, C) which sigmoids reach their threshold.
+
+    Args:
+        scores: (N, C) logits.
+        threshold: probability in (0, 1), one for all or (C,).
+        temperature: what logits are divided by before the sigmoid, > 0.
+    """
+    threshold = np.asarray(threshold, np.float64)
+    reached: npt.NDArray[np.bool_] = scores >= temperature * np.log(threshold / (1 - threshold))
+    return reached
+
+
+def best_classes(scores: FloatArray, num: int) -> npt.NDArray[np.bool_]:
+    """(N, C) the `num` best scores of each row; equal ones by lower index."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :num]
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, order, True, 1)
+    return chosen
+
+
+def multi_label_calibration_error(
+    scores: FloatArray, targets: npt.NDArray[np.uint8], temperature: float = 1.0
+) -> float:
+    """`expected_calibration_error` of all N x C sigmoids as statements that the class is there."""
+    present = _sigmoid(scores / temperature).ravel()
+    return expected_calibration_error(present, targets.ravel() > 0)
+
+
+def _sigmoid(scores: FloatArray) -> FloatArray:
+    result: FloatArray = 0.5 * (1 + np.tanh(0.5 * scores))
+    return result
 
 
 def precision_recall_f1(

@@ -206,3 +206,53 @@ def test_threshold_is_a_probability() -> None:
     # From the threshold on, as heads.predict lists classes.
     even = metrics.multi_label_metrics(scores - 2, targets, np.ones(1, int), threshold=0.5)
     assert even["micro_f1"] == 1.0
+
+
+def test_predictions_by_threshold_and_by_rank() -> None:
+    scores = np.asarray([[2.0, 0.1, -1.0], [-3.0, -0.5, -0.5]], np.float32)
+    assert metrics.predictions(scores, 0.5).tolist() == [[1, 1, 0], [0, 0, 0]]
+    own = np.asarray([0.9, 0.5, 0.3])  # sigmoid(2) = 0.88, sigmoid(-0.5) = 0.38
+    assert metrics.predictions(scores, own).tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert metrics.predictions(scores, own, 0.5).tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert metrics.best_classes(scores, 2).tolist() == [[1, 1, 0], [0, 1, 1]]
+    assert metrics.best_classes(scores[1:], 1).tolist() == [[0, 1, 0]]  # equal: lower index
+    assert metrics.best_classes(scores, 9).all()
+
+
+def test_multi_label_calibration_error_against_a_loop() -> None:
+    rng = RNG(8)
+    scores, targets = rng.normal(size=(50, 6)) * 3, (rng.uniform(size=(50, 6)) < 0.3).astype(int)
+    slow = 0.0
+    p = 1 / (1 + np.exp(-scores / 2))
+    for low in np.arange(15) / 15:
+        inside = (p > low) & (p <= low + 1 / 15)
+        if inside.any():
+            slow += inside.mean() * abs(targets[inside].mean() - p[inside].mean())
+    found = metrics.multi_label_calibration_error(scores, targets.astype(np.uint8), 2.0)
+    assert found == pytest.approx(slow, abs=1e-6)
+
+
+def test_f24_classes_without_a_positive_do_not_poison_the_mean() -> None:
+    targets = np.asarray([[1, 0, 0], [1, 1, 0]], np.uint8)
+    scores = np.asarray([[1.0, 0.0, 3.0], [2.0, 1.0, 4.0]])
+    found = metrics.multi_label_metrics(scores, targets, np.asarray([200, 200, 1]))
+    assert found["map"] == 1.0
+    assert found["num_classes_skipped"] == 1
+    assert "map_tail" not in found
+
+
+def test_f13_f41_scores_are_ranked_class_by_class_and_counted_over_the_whole_split() -> None:
+    """A softmax over classes would change the ranking; F1 of batches has another mean."""
+    scores = np.asarray([[5.0, 9.0], [4.0, 0.0], [0.0, 0.0], [-9.0, -9.0]])
+    targets = np.asarray([[1, 1], [1, 0], [0, 0], [0, 0]], np.uint8)
+    softmax = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    counts = np.asarray([5, 5])
+    assert metrics.multi_label_metrics(scores, targets, counts)["map"] == 1.0
+    assert metrics.multi_label_metrics(softmax, targets, counts)["map"] < 0.9
+    whole = metrics.multi_label_metrics(scores, targets, counts, predicted=scores > -1)
+    halves = [
+        metrics.threshold_metrics(scores[half] > -1, targets[half])["micro_f1"]
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    assert whole["micro_f1"] == pytest.approx(2 * 3 / (6 + 3))
+    assert whole["micro_f1"] != pytest.approx(np.mean(halves), abs=0.1)

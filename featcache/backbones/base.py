@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from featcache.backbones.prompt_tower import PromptTower
 from featcache.config import Config
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Multimodal, Precision, PreprocessIdentity
@@ -269,6 +270,17 @@ class Backbone(ABC):
             x = tokens.to(self.device, DTYPES[self.precision])
             features: Tensor = tail(x).to(torch.float32)
         return features.clone()  # outside: an ordinary tensor
+
+    def prompt_tower(self) -> PromptTower:
+        """The text tower on its own, for prompts that are learned at its token embeddings.
+
+        Raises:
+            BackboneError: if there is none, or none that takes token embeddings.
+        """
+        raise BackboneError(
+            f"{self.spec.identity.name}: prompts cannot be learned inside a text tower of "
+            f"{self.spec.identity.kind}; take head lmpt, or a backbone of open_clip or blip"
+        )
 
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:

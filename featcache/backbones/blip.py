@@ -33,6 +33,7 @@ from featcache.backbones.hugging_face import (
     load_part,
     pixel_spec,
 )
+from featcache.backbones.prompt_tower import BertPromptTower, PromptTower
 from featcache.backbones.tails import kept_input
 from featcache.backbones.towers import layer_index, pool_tokens
 from featcache.backbones.weights import weights_hash
@@ -224,6 +225,16 @@ class Blip(Backbone):
         """Last blocks as a module; see `Backbone.tail`."""
         self.spec.require_tail(num_blocks)
         return BlipTail(self.model, num_blocks)
+
+    def prompt_tower(self) -> PromptTower:
+        """The text tower on its own; see `Backbone.prompt_tower`."""
+        return BertPromptTower(
+            self.model.text_encoder,
+            self.model.text_proj,
+            self.tokenize,
+            self.device,
+            self.max_text_tokens,
+        )
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(n, P) float32 text features on `device`; see `Backbone.encode_text`."""

@@ -26,6 +26,7 @@ from featcache.backbones.base import (
     PixelInput,
     PixelSpec,
 )
+from featcache.backbones.prompt_tower import ClipPromptTower, PromptTower
 from featcache.backbones.towers import open_tower, pair, run_tower
 from featcache.backbones.weights import (
     LOAD_ERRORS,
@@ -245,6 +246,10 @@ class OpenClip(Backbone):
         """Last blocks as a module; see `Backbone.tail`."""
         self.spec.require_tail(num_blocks)
         return self._tower.tail(num_blocks)
+
+    def prompt_tower(self) -> PromptTower:
+        """The text tower on its own; see `Backbone.prompt_tower`."""
+        return ClipPromptTower(self.model, self.tokenizer, self.device)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(n, P) float32 text features on `device`; see `Backbone.encode_text`."""

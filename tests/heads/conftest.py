@@ -10,8 +10,11 @@ import pytest
 
 from featcache.extract_config import ShardReport
 from featcache.identity import BackboneIdentity
-from featcache.manifest import Manifest
+from featcache.manifest import Manifest, Task
 from featcache.store import ArrayPlan, CachePlan, Shard, create
+from heads.base import FeatureSpec
+from heads.losses import default_loss
+from heads.losses.base import ClassStatistics
 
 from ..conftest import sample_identity
 
@@ -89,6 +92,27 @@ def class_table(num_classes: int) -> pd.DataFrame:
             "genus": [f"g{i // 2}" for i in index],
             "family": [f"f{i // 4}" for i in index],
         }
+    )
+
+
+def toy_spec(
+    widths: Mapping[str, int], num_classes: int = 3, task: Task = "single_label"
+) -> FeatureSpec:
+    """What a head is told about a balanced cache with arrays of these widths."""
+    counts = np.full(num_classes, 10)
+    classes = class_table(num_classes)
+    classes["count"] = counts
+    return FeatureSpec(
+        feature_dim=next(iter(widths.values())),
+        num_classes=num_classes,
+        task=task,
+        class_counts=counts,
+        classes=classes,
+        prompts=None,
+        logit_scale=100.0,
+        feature_dims=widths,
+        num_rows=10 * num_classes,
+        criterion=default_loss(task).build(ClassStatistics(counts, 10 * num_classes)),
     )
 
 

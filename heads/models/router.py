@@ -1,7 +1,7 @@
 """Router: one classifier a modality, weighted row by row by how far each is to be trusted.
 
-With f_m the scaled vector of modality m, and for each modality two networks of the form Linear(d→d),
-ReLU, Linear(d→·), head_m with C outputs and r_m with one:
+With f_m the scaled vector of modality m, and for each modality two networks of the form
+Linear(d→d), ReLU, Linear(d→·), head_m with C outputs and r_m with one:
 
     z = Σ_m w_m head_m(f_m),    w = softmax over modalities of r_m(f_m).
 

@@ -6,10 +6,11 @@ heads that see more than logits (mixture of prompts) are functions in files of t
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,12 +34,17 @@ class ClassStatistics:
 class Loss(nn.Module, ABC):
     """A loss on logits: elementwise, or one number a row, until the mean at the very end."""
 
+    reduction: Literal["mean", "sum"] = "mean"
+    """What `forward` does with `terms`."""
+    needs_whole_batch: bool = False
+    """Whether a row's terms depend on the other rows of its batch."""
+
     @abstractmethod
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The unreduced loss.
 
         Args:
-            logits: (B, C) of any float type; computed in float32 from here on.
+            logits: (B, C) of any float type; computed in float32 from here on (float64 stays).
             targets: (B, C) float 0..1, or (B,) int64 class indices, which losses for several labels
                 read as one-hot rows (`as_multi_hot`).
 
@@ -47,8 +53,9 @@ class Loss(nn.Module, ABC):
         """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """0-d float32 mean of `terms`."""
-        return self.terms(logits, targets).mean()
+        """0-d float32 mean (or sum, see `reduction`) of `terms`."""
+        terms = self.terms(logits, targets)
+        return terms.sum() if self.reduction == "sum" else terms.mean()
 
 
 class LossConfig(Config):
@@ -72,3 +79,8 @@ def as_multi_hot(targets: Tensor, num_classes: int) -> Tensor:
     if targets.ndim == 1:
         return F.one_hot(targets, num_classes).float()
     return targets
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision as float32; wider types as they are."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from heads.losses.base import ClassStatistics, Loss, LossConfig, as_multi_hot
+from heads.losses.base import ClassStatistics, Loss, LossConfig, as_multi_hot, at_least_float32
 from heads.losses.stacked import StackedLinearLoss
 
 
@@ -30,7 +30,7 @@ class BinaryCrossEntropy(Loss):
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, C) float32; see `Loss.terms`."""
-        logits = logits.float()
+        logits = at_least_float32(logits)
         return F.softplus(logits) - as_multi_hot(targets, logits.shape[-1]) * logits
 
 

@@ -101,9 +101,6 @@ class Head(nn.Module, ABC):
 
     trainable: bool = True
     """False for heads without parameters to train (zero-shot)."""
-    selectable: bool = True
-    """False while this head's candidates must not be picked as the best, such as before the last of
-    several stages; looked at after each epoch, before `after_epoch`."""
     has_probabilities: bool = True
     """False where a multi-label logit only ranks, so that no threshold on it means anything."""
 
@@ -121,6 +118,14 @@ class Head(nn.Module, ABC):
             progress: share of all optimiser steps already taken, 0..1; schedules read it.
         """
         raise TypeError(f"{type(self).__name__} has nothing to train")
+
+    @property
+    def selectable(self) -> bool:
+        """False while this head's candidates must not be picked as the best.
+
+        Such as before the last of several stages; looked at after each epoch, before `after_epoch`.
+        """
+        return True
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser parameter groups; default one group with all trainable parameters.

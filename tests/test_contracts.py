@@ -181,8 +181,16 @@ class TestHeads:
         losses = head.loss(features, targets, 0.0)
         assert losses["loss"].shape == ()
         losses["loss"].backward()
+        factors = head.lr_factors()
+        resting = {  # a stage leaves them as they are
+            id(p)
+            for group in head.param_groups(0.1, 0.0)
+            if factors.get(group.get("name", ""), 1.0) == 0.0
+            for p in group["params"]
+        }
+        assert len(resting) < sum(p.requires_grad for p in head.parameters())
         for name, parameter in head.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in resting:
                 assert parameter.grad is not None, f"{name} gets no gradient"
                 assert parameter.grad.abs().sum() > 0, f"the gradient of {name} is zero"
             else:

@@ -143,42 +143,47 @@ class Router(Head):
 
         A row that has none of the modalities gets logits 0.
         """
-        logits, weights = self._parts(features, held(features))
-        return fuse(logits, weights)
+        vectors = self.read(features)
+        return fuse(self.alone(vectors), self.routing(vectors, held(features)))
 
     def weights(self, *features: Tensor) -> Tensor:
         """(B, M) float32 weights of the modalities: 0 where one is missing, sum 1 where any is."""
-        return self._parts(features, held(features))[1]
+        return self.routing(self.read(features), held(features))
 
     def monitors(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What each modality's classifier says alone, by its name."""
-        yield from zip(self.modalities, self.alone(features), strict=True)
+        yield from zip(self.modalities, self.alone(self.read(features)), strict=True)
 
     def loss(self, features: Features, targets: Tensor, progress: float) -> dict[str, Tensor]:
         """The chosen loss of the weighted logits, and the mean weight of each modality."""
         assert self.criterion is not None, "built without a loss"
-        logits, weights = self._parts(features, self._hide(held(features)))
+        vectors = self.read(features)
+        weights = self.routing(vectors, self._hide(held(features)))
         shares = dict(zip(self.modalities, weights.detach().mean(0), strict=True))
         return {
-            "loss": self.criterion(fuse(logits, weights), targets),
+            "loss": self.criterion(fuse(self.alone(vectors), weights), targets),
             **{f"weight_{name}": share for name, share in shares.items()},
         }
 
-    def alone(self, features: Features) -> list[Tensor]:
-        """M times (B, C): the logits of each modality's classifier."""
+    def read(self, features: Features) -> list[Tensor]:
+        """M times (B, H): what the networks of each modality read."""
         return [
-            branch.classifier(branch.read(part))
-            for branch, part in zip(self.branches.values(), features, strict=True)
+            branch.read(part) for branch, part in zip(self.branches.values(), features, strict=True)
         ]
 
-    def _parts(self, features: Features, usable: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Logits of each classifier, and (B, M) weights of the modalities that are `usable`."""
-        logits, trust = [], []
-        for branch, part in zip(self.branches.values(), features, strict=True):
-            vectors = branch.read(part)
-            logits.append(branch.classifier(vectors))
-            trust.append(branch.trust(vectors))
-        return logits, routing_weights(torch.cat(trust, 1), usable)
+    def alone(self, vectors: list[Tensor]) -> list[Tensor]:
+        """M times (B, C): the logits of each modality's classifier."""
+        return [
+            branch.classifier(part)
+            for branch, part in zip(self.branches.values(), vectors, strict=True)
+        ]
+
+    def routing(self, vectors: list[Tensor], usable: Tensor) -> Tensor:
+        """(B, M) weights over the modalities that are `usable`, (B, M) bool."""
+        trust = [
+            branch.trust(part) for branch, part in zip(self.branches.values(), vectors, strict=True)
+        ]
+        return routing_weights(torch.cat(trust, 1), usable)
 
     def _hide(self, usable: Tensor) -> Tensor:
         """`usable` without one modality of the rows that are drawn and have several."""

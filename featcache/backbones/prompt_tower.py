@@ -94,9 +94,9 @@ class ClipPromptTower(PromptTower):
         plain = text is model or (isinstance(text, TextTransformer) and text.cls_emb is None)
         if not plain or pool not in ("argmax", "eos") or text.attn_mask is None:
             raise BackboneError(
-                f"{type(text).__name__} with pooling {pool or 'of its own'}: prompts can be learned "
-                "in causal text transformers that pool at the end token (CLIP's), not in this one; "
-                "take head lmpt"
+                f"{type(text).__name__} with pooling {pool or 'of its own'}: prompts are learned "
+                "in causal text transformers that pool at the end token (CLIP's) only; take head "
+                "lmpt"
             )
         if not isinstance(tokenizer, SimpleTokenizer):
             raise BackboneError(

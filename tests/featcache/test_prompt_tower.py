@@ -87,7 +87,7 @@ def test_towers_without_a_place_for_prompts_are_refused_in_one_line() -> None:
 
     siglip = {**TINY_CLIP["text_cfg"], "no_causal_mask": True, "pool_type": "last"}
     model = CustomTextCLIP(**{**TINY_CLIP, "text_cfg": siglip})
-    with pytest.raises(BackboneError, match="pooling last: prompts can be learned in causal"):
+    with pytest.raises(BackboneError, match="pooling last: prompts are learned in causal"):
         ClipPromptTower(model, None, torch.device("cpu"))
     coca = CustomTextCLIP(**{**TINY_CLIP, "text_cfg": {**TINY_CLIP["text_cfg"], "embed_cls": True}})
     with pytest.raises(BackboneError, match="take head lmpt"):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from torch import Tensor, nn
 
+from featcache.backbones.prompt_tower import PromptTower
 from featcache.config import Config
 from featcache.manifest import Task
 from heads.losses.base import Loss
@@ -52,6 +53,8 @@ class FeatureSpec:
             trained head is loaded.
         cooccurrence: (C, C) int64 training rows with both classes, for heads that ask for it; None
             otherwise, and when a trained head is loaded.
+        text_tower: opens the frozen text tower of the cache's backbone, for heads that learn
+            prompts in it; None when a trained head is loaded.
         support: gives the features and targets of all training rows, for heads that are made of
             them rather than trained; None when a trained head is loaded.
     """
@@ -71,6 +74,7 @@ class FeatureSpec:
     criterion: Loss | None = None
     cooccurrence: npt.NDArray[np.int64] | None = None
     support: Callable[[], tuple[Features, Tensor]] | None = None
+    text_tower: Callable[[], PromptTower] | None = None
 
     def width(self, array: str) -> int:
         """Last axis of an array that the head reads."""
@@ -219,6 +223,10 @@ class HeadConfig(Config):
     def wants_prompts(self) -> bool:
         """`needs_prompts`, for heads whose options decide it."""
         return self.needs_prompts
+
+    def wants_text_tower(self) -> bool:
+        """Whether `build` needs `FeatureSpec.text_tower`."""
+        return False
 
     def wants_cooccurrence(self) -> bool:
         """Whether `build` needs `FeatureSpec.cooccurrence`."""

@@ -23,6 +23,8 @@ from heads.losses.base import ClassStatistics, Loss
 from heads.models import HEADS
 from heads.run_folder import load_run
 
+from .toy_tower import ToyTower
+
 NUM_CLASSES, DIM, NUM_TOKENS = 5, 16, 4
 TASKS = ("single_label", "multi_label")
 
@@ -96,11 +98,16 @@ def spec(task: str, seed: int = 0) -> FeatureSpec:
         num_rows=413,
         criterion=default_loss(task).build(ClassStatistics(counts, 413)),
         cooccurrence=np.diag(counts) + 2 - np.eye(NUM_CLASSES, dtype=np.int64),
+        text_tower=lambda: ToyTower(DIM),
     )
 
 
 def array_of(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
     """Made-up rows of an array of a cache, in the form in which heads get them."""
+    if name == "text/token_ids":
+        ids = torch.randint(97, 123, (size, 2 * NUM_TOKENS), generator=generator)
+        ids[:, NUM_TOKENS:] = -1  # padding
+        return ids
     if name.endswith("_mask"):
         mask = torch.arange(NUM_TOKENS) < torch.randint(
             1, NUM_TOKENS + 1, (size, 1), generator=generator

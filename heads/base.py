@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from heads.losses.base import Loss
 
 if TYPE_CHECKING:
     from heads.run_folder import LoadedRun
+
+Shape = Literal["cosine", "constant", "linear", "one_cycle", "plateau"]
+"""Of a learning-rate schedule; see `heads.optim.ScheduleConfig`."""
 
 Features = tuple[Tensor, ...]
 """A batch as a head reads it: one tensor of B rows for each array that its config names, in order.
@@ -91,6 +94,7 @@ class OptimDefaults:
         epochs: passes over the training split; batch_size: most rows per optimiser step (a small
             split gets smaller batches, see `heads.optim.resolve`).
         warmup_share: part of all optimiser steps in which the learning rate rises, 0..1.
+        optimizer, schedule, ema_decay: see `heads.optim.OptimConfig`.
     """
 
     lr: float | None = 1e-3
@@ -98,6 +102,9 @@ class OptimDefaults:
     epochs: int = 100
     batch_size: int = 4096
     warmup_share: float = 0.0
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    schedule: Shape = "cosine"
+    ema_decay: float = 0.0
 
 
 class Head(nn.Module, ABC):

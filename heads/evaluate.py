@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from heads.data import FeatureTable, Part, feature_array, has_labels, labelled_p
 from heads.run_folder import (
     LoadedRun,
     RunError,
+    Weights,
     load_run,
     steps_since,
     write_atomic,
@@ -65,6 +67,8 @@ class EvaluateConfig(Config):
 
     run: Path
     """Run folder that heads.train wrote."""
+    weights: Weights = "best"
+    """best = of the epoch that validated best; last = of the last one."""
     cache: CachePath | None = None
     """Cache to evaluate on; unset = the one (or the joined ones) it was trained on."""
     join: tuple[CachePath, ...] = ()
@@ -153,10 +157,13 @@ class Validation:
     Attributes:
         candidates: by name, of each model trained side by side; see `Head.candidates`.
         monitors: of what is only watched; see `Head.monitors`.
+        loss: least of the candidates' cross-entropies (softmax or sigmoid, mean over rows and, of
+            sigmoids, over classes), whatever they are trained on; None if not asked for.
     """
 
     candidates: dict[str, float]
     monitors: dict[str, float]
+    loss: float | None = None
 
     @property
     def all(self) -> dict[str, float]:
@@ -165,13 +172,16 @@ class Validation:
 
 
 @torch.inference_mode()
-def score_candidates(head: Head, table: FeatureTable, part: Part) -> Validation:
+def score_candidates(
+    head: Head, table: FeatureTable, part: Part, with_loss: bool = False
+) -> Validation:
     """The main metric of each candidate and monitor of a head.
 
     Args:
         head: on the table's device, in evaluation mode.
         table: features of `part.rows`.
         part: rows with targets.
+        with_loss: measure `Validation.loss` too.
 
     Raises:
         RunError: if a score is NaN or infinite.
@@ -179,6 +189,7 @@ def score_candidates(head: Head, table: FeatureTable, part: Part) -> Validation:
     num_classes = part.targets.shape[1] if part.targets.ndim == 2 else None
     right: dict[str, Any] = {}
     watched: set[str] = set()
+    losses: dict[str, float] = {}
     targets = torch.from_numpy(part.targets).to(table.device)
     for start, stop in _spans(len(part), num_classes or 1024):
         features = table.slice(start, stop)
@@ -186,6 +197,9 @@ def score_candidates(head: Head, table: FeatureTable, part: Part) -> Validation:
         watched |= monitors.keys()
         for name, logits in itertools.chain(head.candidates(features), monitors.items()):
             _finite(logits, (start, stop))
+            if with_loss and name not in watched:
+                loss = _summed_cross_entropy(logits, targets[start:stop])
+                losses[name] = losses.get(name, 0.0) + float(loss)
             if num_classes is None:
                 hits = (metrics.target_rank(logits, targets[start:stop]) == 0).sum()
                 right[name] = right.get(name, 0) + hits
@@ -201,6 +215,17 @@ def score_candidates(head: Head, table: FeatureTable, part: Part) -> Validation:
     return Validation(
         {name: value for name, value in values.items() if name not in watched},
         {name: value for name, value in values.items() if name in watched},
+        min(losses.values()) / len(part) if losses else None,
+    )
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """0-d sum over rows of the softmax or (mean over classes) sigmoid cross-entropy."""
+    logits = logits.float()
+    if targets.ndim == 1:
+        return F.cross_entropy(logits, targets.long(), reduction="sum")
+    return (
+        F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none").mean(1).sum()
     )
 
 
@@ -286,8 +311,11 @@ def open_known(
 
 
 def run(config: EvaluateConfig) -> Scores:
-    """Evaluates, prints a table, and writes `metrics_<split>.json` and `classes_<split>.csv`."""
-    loaded = load_run(config.run)
+    """Evaluates, prints a table, and writes `metrics_<split>.json` and `classes_<split>.csv`.
+
+    Those of the last weights have `_last` in their names.
+    """
+    loaded = load_run(config.run, weights=config.weights)
     path = config.cache or place(loaded.record["cache"]["path"])
     cache = open_known(loaded, config.cache, config.join)
     names = cache.split_names
@@ -295,11 +323,12 @@ def run(config: EvaluateConfig) -> Scores:
         (n for n in ("test", "val") if n in names and has_labels(labelled_part(cache, n))), names[0]
     )
     scores = evaluate_run(loaded, cache, split, config.metrics, resolve_device(config.device))
+    suffix = split if config.weights == "best" else f"{split}_{config.weights}"
     write_json(
-        config.run / f"metrics_{split}.json",
+        config.run / f"metrics_{suffix}.json",
         {"cache": str(path), "fingerprint": cache.fingerprint, "split": split} | scores.metrics,
     )
-    table = config.run / f"classes_{split}.csv"
+    table = config.run / f"classes_{suffix}.csv"
     write_atomic(table, scores.per_class.to_csv(index=False).encode())
     where = " + ".join(str(one.path) for one in cache.parts)
     print(f"{config.run}: {split} of {where}")

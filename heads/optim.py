@@ -16,9 +16,11 @@ from torch import nn
 
 from featcache.config import Config
 from featcache.errors import ConfigError
-from heads.base import Head, OptimDefaults
+from heads.base import Head, OptimDefaults, Shape
 
 _NO_FACTORS: Mapping[str, float] = {}
+_CYCLE_START, _CYCLE_END = 1 / 25, 1 / 25e4
+"""First and last multiplier of one_cycle: torch's default."""
 
 MIN_STEPS_PER_EPOCH = 16
 """A small split is cut into at least this many batches: fewer updates train too little."""
@@ -27,26 +29,52 @@ MIN_STEPS_PER_EPOCH = 16
 class ScheduleConfig(Config):
     """How the learning rate moves over the optimiser steps."""
 
-    shape: Literal["cosine", "constant"] = "cosine"
-    """cosine = half a cosine from the peak to 0 after the warm-up; constant = stay at the peak."""
+    shape: Shape | None = None
+    """After the warm-up: cosine = half a cosine from the peak to 0; linear = a straight line to 0;
+    constant = stay at the peak; one_cycle = rise along half a cosine from 1/25 of the peak, then
+    fall along one to 4e-7 of it; plateau = multiply by `factor` whenever the validation has not
+    improved for `patience` epochs. Unset = the head's own, mostly cosine."""
     warmup_steps: NonNegativeInt | None = None
-    """Optimiser steps in which the rate rises linearly to its peak, 0 or more; unset = a share of
-    all steps that the head chooses."""
+    """Optimiser steps in which the rate rises to its peak, 0 or more; unset = a share of all steps
+    that the head chooses, or `pct_start` of them for one_cycle."""
+    pct_start: float = Field(default=0.2, gt=0, lt=1)
+    """Share of all steps in which one_cycle rises, 0..1; not read if `warmup_steps` is set."""
+    factor: float = Field(default=0.1, gt=0, lt=1)
+    """What plateau multiplies the rate by, between 0 and 1; not read by the others."""
+    patience: NonNegativeInt = 5
+    """Epochs in a row without a better validation that plateau endures, 0 or more; the next one
+    lowers the rate. Better = a higher metric, or a lower loss with `stop_on=loss`."""
+    min_lr: NonNegativeFloat = 1e-7
+    """Learning rate below which plateau does not go, 0 or more."""
 
 
 class OptimConfig(Config):
     """How a head is trained; unset fields take the head's own defaults."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adamw (decoupled weight decay), adam or sgd (both with weight decay in the gradient)."""
+    optimizer: Literal["adamw", "adam", "sgd"] | None = None
+    """adamw (decoupled weight decay), adam or sgd (both with weight decay in the gradient); unset =
+    the head's own, mostly adamw."""
     lr: PositiveFloat | None = None
     """Peak learning rate, > 0; unset = the head's own."""
     weight_decay: NonNegativeFloat | None = None
     """Weight decay, 0 or more; unset = the head's own."""
     epochs: PositiveInt | None = None
     """Passes over the training rows, 1 or more; unset = the head's own."""
-    batch_size: PositiveInt | None = None
-    """Rows per optimiser step, 1 or more; unset = the head's own, less for a small split."""
+    batch_size: PositiveInt | Literal["all"] | None = None
+    """Rows per optimiser step, 1 or more, or all = the whole split; unset = the head's own, less
+    for a small split."""
+    accumulate: PositiveInt = 1
+    """Pieces in which a batch is computed one after the other, 1 or more: as many times less memory
+    for activations, and the same gradient for every loss that is a mean over rows."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of forward pass and loss: fp32, or mixed with bf16, or mixed with fp16 and a
+    scaled loss; weights and optimiser stay float32. auto = bf16 on a GPU, fp32 on the CPU."""
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    """Average the weights over the steps with this decay, 0 to below 1 (0.999: over about 1000
+    steps), and validate and keep the average; 0 = none; unset = the head's own, mostly none."""
+    compile: bool = False
+    """Compile forward pass and loss (torch.compile): a first step of up to a minute, then faster
+    ones for heads of many small operations. Needs a C++ compiler."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of sgd, 0 to below 1; not read by the others."""
     clip_norm: PositiveFloat | None = None
@@ -57,7 +85,7 @@ class OptimConfig(Config):
     def num_steps(self, num_rows: int) -> int:
         """Optimiser steps of a whole training of a resolved config; the last batch may be short."""
         assert self.epochs is not None, "not resolved"
-        assert self.batch_size is not None, "not resolved"
+        assert isinstance(self.batch_size, int), "not resolved"
         return self.epochs * math.ceil(num_rows / self.batch_size)
 
 
@@ -82,41 +110,64 @@ def resolve(optim: OptimConfig, defaults: OptimDefaults, num_rows: int) -> Optim
             optim.weight_decay if optim.weight_decay is not None else defaults.weight_decay
         ),
         "epochs": optim.epochs or defaults.epochs,
-        "batch_size": optim.batch_size or min(defaults.batch_size, fitting),
+        "batch_size": (
+            num_rows
+            if optim.batch_size == "all"
+            else optim.batch_size or min(defaults.batch_size, fitting)
+        ),
+        "optimizer": optim.optimizer or defaults.optimizer,
+        "ema_decay": optim.ema_decay if optim.ema_decay is not None else defaults.ema_decay,
     }
     resolved = optim.model_copy(update=filled)
     total = resolved.num_steps(num_rows)
-    warmup = optim.schedule.warmup_steps
+    shape, warmup = optim.schedule.shape or defaults.schedule, optim.schedule.warmup_steps
     if warmup is None:
-        warmup = int(defaults.warmup_share * total)
+        one_cycle = shape == "one_cycle"
+        warmup = int((optim.schedule.pct_start if one_cycle else defaults.warmup_share) * total)
     elif warmup >= total:
         raise ConfigError(
             f"optim.schedule.warmup_steps: {warmup} is not below the {total} optimiser steps of "
             f"{resolved.epochs} epochs of {num_rows} rows in batches of {resolved.batch_size}; "
             "lower it, or raise optim.epochs"
         )
-    schedule = optim.schedule.model_copy(update={"warmup_steps": warmup})
+    schedule = optim.schedule.model_copy(update={"shape": shape, "warmup_steps": warmup})
     return resolved.model_copy(update={"schedule": schedule})
 
 
 def lr_factor(schedule: ScheduleConfig, num_steps: int) -> Callable[[int], float]:
     """Multiplier of the peak learning rate at a 0-based step; the first step is never 0.
 
+    `plateau` stays at the peak here: what it does depends on the validation, see `heads.watch`.
+
+    Reference of one_cycle: Smith and Topin, Super-Convergence, 2018, in the cosine form of torch's
+    `OneCycleLR`; momentum is not cycled.
+
     Args:
         schedule: resolved.
         num_steps: optimiser steps of the whole training.
     """
     warmup = schedule.warmup_steps
+    assert schedule.shape is not None, "not resolved"
     assert warmup is not None, "not resolved"
 
     def factor(step: int) -> float:
+        if schedule.shape == "one_cycle":
+            if step < warmup - 1:
+                return _along_cosine(_CYCLE_START, 1.0, step / (warmup - 1))
+            start = max(warmup - 1, 0)
+            return _along_cosine(1.0, _CYCLE_END, (step - start) / max(1, num_steps - 1 - start))
         if step < warmup:
             return (step + 1) / warmup
-        if schedule.shape == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+        done = (step - warmup) / max(1, num_steps - warmup)
+        if schedule.shape == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if schedule.shape == "linear" else 1.0
 
     return factor
+
+
+def _along_cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * done))
 
 
 def build(optim: OptimConfig, head: Head) -> torch.optim.Optimizer:
@@ -140,7 +191,10 @@ def build(optim: OptimConfig, head: Head) -> torch.optim.Optimizer:
 
 
 def set_lr(
-    optimizer: torch.optim.Optimizer, factor: float, by_name: Mapping[str, float] = _NO_FACTORS
+    optimizer: torch.optim.Optimizer,
+    factor: float,
+    by_name: Mapping[str, float] = _NO_FACTORS,
+    min_lr: float = 0.0,
 ) -> None:
     """Sets each group's learning rate to `factor` times its peak.
 
@@ -148,9 +202,10 @@ def set_lr(
         optimizer: of `build`.
         factor: see `lr_factor`.
         by_name: further factors of groups by "name"; see `Head.lr_factors`.
+        min_lr: not below this, unless the peak is.
     """
     for group in optimizer.param_groups:
-        group["lr"] = factor * group["peak_lr"]
+        group["lr"] = max(factor * group["peak_lr"], min(min_lr, group["peak_lr"]))
         if by_name:
             group["lr"] *= by_name.get(group.get("name", ""), 1.0)
 

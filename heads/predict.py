@@ -32,7 +32,7 @@ from heads.data import FeatureTable, feature_array
 from heads.encoding import encode_files
 from heads.evaluate import open_known
 from heads.progress import ProgressLine
-from heads.run_folder import LoadedRun, RunError, load_run, write_atomic
+from heads.run_folder import LoadedRun, RunError, Weights, load_run, write_atomic
 
 _ROW_BATCH = 8192
 
@@ -42,6 +42,8 @@ class PredictConfig(Config):
 
     run: Path
     """Run folder that heads.train wrote."""
+    weights: Weights = "best"
+    """best = of the epoch that validated best; last = of the last one."""
     cache: CachePath | None = None
     """Cache with the rows to predict; unset = `images`, or with `split` the caches it was trained
     on."""
@@ -116,7 +118,7 @@ class PredictReport:
 def run(config: PredictConfig) -> PredictReport:
     """Predicts and writes the table; unreadable rows go to `<out>.unreadable.csv`, with reasons."""
     device = resolve_device(config.device)
-    loaded = load_run(config.run, device)
+    loaded = load_run(config.run, device, config.weights)
     order = None if config.submission_order is None else read_order(config.submission_order)
     if config.images is None:
         cache = open_known(loaded, config.cache, config.join, config.quiet)

@@ -2,11 +2,13 @@
 
 config.yaml       the resolved configuration; `--config` reads it back
 head.json         kind, options, class table, cache, backbone, versions: all that predicting needs
-head.safetensors  the trained tensors
+head.safetensors  the trained tensors, of the epoch that validated best
+head_last.safetensors  the same of the last epoch
 prompts.safetensors  class text features, for heads that start from them
 metrics.json      metrics of the validation and test rows, sizes, seconds
 history.jsonl     one line an epoch
 curves.png        the same as a picture
+tensorboard/      the same as TensorBoard event files, if asked for
 last.safetensors  state of an unfinished training; gone when it is complete
 """
 
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -38,6 +40,10 @@ from heads.base import FeatureSpec, Head, HeadConfig
 from heads.models import HEADS
 
 FORMAT = 1
+Weights = Literal["best", "last"]
+"""Which epoch's trained tensors: the one that validated best, or the last."""
+WEIGHTS: dict[Weights, str] = {"best": "head.safetensors", "last": "head_last.safetensors"}
+"""File of each."""
 _MEANING = {"multimodal": ("text_policy",), "tokens": ("tokens", "token_layer")}
 """Fields of the kept features that decide what an array's numbers mean, by its name."""
 _REPORTED = ("torch", "numpy", "safetensors", "open_clip_torch", "featcache")
@@ -339,8 +345,15 @@ def template_list(cache: Cache, config: HeadConfig) -> list[str]:
     return config.template_names(cache.classes, cache.identity.dataset.kind)
 
 
-def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(
+    path: str | Path, device: str | torch.device = "cpu", weights: Weights = "best"
+) -> LoadedRun:
     """A trained head with its class names, from its run folder alone.
+
+    Args:
+        path: run folder.
+        device: where the head goes.
+        weights: of the epoch that validated best, or of the last one.
 
     Raises:
         RunError: if the folder is missing, unfinished or damaged.
@@ -374,8 +387,11 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
     )
     with torch.random.fork_rng(devices=[]):  # initial values are overwritten at once
         head = config.build(spec)
+    tensors = path / WEIGHTS[weights]
+    if not tensors.is_file():
+        raise RunError(f"{tensors}: no such file; train again with --restart")
     try:
-        head.load_trained_state(read_tensors(path / "head.safetensors").tensors)
+        head.load_trained_state(read_tensors(tensors).tensors)
     except ValueError as error:
-        raise RunError(f"{path / 'head.safetensors'}: {error}; train again") from None
+        raise RunError(f"{tensors}: {error}; train again") from None
     return LoadedRun(path, head.to(device).eval(), config, classes, record)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
@@ -23,8 +23,8 @@ from featcache.joined_cache import JoinedCache, unit_rows
 from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
+from heads import event_file, run_folder
 from heads import optim as optimisation
-from heads import run_folder
 from heads.base import FeatureSpec, HeadConfig
 from heads.checkpoint import CHECKPOINT
 from heads.data import (
@@ -41,18 +41,29 @@ from heads.evaluate import (
     metrics_table,
     score_split,
 )
-from heads.fitting import Material, enough_threads, fit, untrained
+from heads.fitting import Material, enough_threads, fit, memory_advice, untrained
 from heads.losses import AnyLoss, default_loss
 from heads.losses.base import ClassStatistics, Loss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
 from heads.progress import duration
-from heads.run_folder import RunError
+from heads.run_folder import WEIGHTS, RunError
+from heads.watch import EarlyStop
 
 logger = logging.getLogger(__name__)
 
-_FREE = {"cache", "join", "run", "resume", "restart", "save_every", "device", "quiet"}
+_FREE = {
+    "cache",
+    "join",
+    "run",
+    "resume",
+    "restart",
+    "save_every",
+    "device",
+    "quiet",
+    "tensorboard",
+}
 """Options that may differ between the runs of one training: they do not change what is computed."""
 
 
@@ -87,7 +98,13 @@ class TrainConfig(Config):
     seed: NonNegativeInt = 0
     """Seed of initial values, row order and held-out rows, 0 or more."""
     patience: PositiveInt | None = None
-    """Stop after this many epochs without a better validation metric; unset = run all epochs."""
+    """Stop after this many epochs in a row without a better validation; unset = run all epochs."""
+    min_delta: NonNegativeFloat = 0.0
+    """How much above the best so far counts as better for `patience`, in units of the metric (0..1)
+    or of the loss, 0 or more."""
+    stop_on: Literal["metric", "loss"] = "metric"
+    """What `patience` and the plateau schedule look at: metric = top-1 or mAP, loss = cross-entropy
+    of the validation rows. The kept model is always the one with the best metric."""
     save_every: PositiveInt | None = None
     """Epochs between two saved states, 1 or more: what an interruption can lose; unset = the first
     epoch that ends 10 seconds after the last save."""
@@ -100,6 +117,8 @@ class TrainConfig(Config):
     that training anew."""
     restart: bool = False
     """Train anew even if the run folder holds a finished or interrupted training."""
+    tensorboard: bool = False
+    """Write the curves as TensorBoard event files too, into `tensorboard/` of the run folder."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
 
@@ -162,8 +181,9 @@ def run(config: TrainConfig) -> TrainReport:
         val = FeatureTable(array, parts.val.rows, device)
         material = Material(train, parts.train, val, parts.val)
         if head.trainable:
-            with enough_threads(head, config.optim.batch_size):
-                best, history = fit(
+            assert isinstance(config.optim.batch_size, int), "not resolved"
+            with enough_threads(head, config.optim.batch_size), memory_advice(config.optim):
+                fitted = fit(
                     head,
                     material,
                     config.optim,
@@ -171,18 +191,22 @@ def run(config: TrainConfig) -> TrainReport:
                     fingerprint=cache.fingerprint,
                     metric=main_metric(cache.task),
                     seed=config.seed,
-                    patience=config.patience,
+                    stop=EarlyStop(config.patience, config.min_delta),
+                    stop_on=config.stop_on,
                     save_every=config.save_every,
+                    events=config.tensorboard,
                     quiet=config.quiet,
                 )
         else:
-            best, history = untrained(head.eval(), material), []
+            fitted = untrained(head.eval(), material)
+        best, history = fitted.best, fitted.history
         chosen = config.head.only(best.candidate)
         final = chosen.build(spec).to(device).eval()
         final.load_trained_state({name: t.to(device) for name, t in best.state.items()})
         record |= {"config": chosen.record()} | _keep_prompts(folder, chosen, spec, cache)
         run_folder.write_json(folder / "head.json", record)
-        run_folder.write_tensors(folder / "head.safetensors", best.state)
+        run_folder.write_tensors(folder / WEIGHTS["best"], best.state)
+        run_folder.write_tensors(folder / WEIGHTS["last"], fitted.last)
         values: dict[str, Any] = {
             "metric": main_metric(cache.task),
             "selected_on": config.select_on,
@@ -376,6 +400,8 @@ def _clear(folder: Path) -> None:
     for pattern in ("metrics*.json", "history.jsonl", "curves.png", "*.safetensors", "config.yaml"):
         for file in folder.glob(pattern):
             file.unlink()
+    for file in (folder / event_file.FOLDER).glob("events.out.tfevents.*"):
+        file.unlink()
 
 
 def _title(config: TrainConfig) -> str:

@@ -13,7 +13,7 @@ from heads.optim import OptimConfig, ScheduleConfig
 
 
 def test_cosine_after_linear_warmup() -> None:
-    factor = optim.lr_factor(ScheduleConfig(warmup_steps=4), 20)
+    factor = optim.lr_factor(ScheduleConfig(shape="cosine", warmup_steps=4), 20)
     assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     for step in range(4, 20):
         assert factor(step) == pytest.approx((1 + math.cos(math.pi * (step - 4) / 16)) / 2)
@@ -26,6 +26,67 @@ def test_constant_schedule_stays_at_the_peak() -> None:
     assert [factor(step) for step in (0, 1, 2, 49)] == [0.5, 1.0, 1.0, 1.0]
 
 
+def test_linear_schedule_falls_in_equal_steps() -> None:
+    factor = optim.lr_factor(ScheduleConfig(shape="linear", warmup_steps=2), 7)
+    assert [factor(step) for step in range(7)] == pytest.approx([0.5, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize(("num_steps", "pct_start"), [(50, 0.2), (40, 0.3), (30, 0.1)])
+def test_one_cycle_is_that_of_torch(num_steps: int, pct_start: float) -> None:
+    asked = OptimConfig(
+        lr=0.4,
+        epochs=num_steps,
+        batch_size="all",
+        schedule=ScheduleConfig(shape="one_cycle", pct_start=pct_start),
+    )
+    resolved = optim.resolve(asked, OptimDefaults(), 33)
+    assert resolved.batch_size == 33
+    assert resolved.num_steps(33) == num_steps
+    factor = optim.lr_factor(resolved.schedule, num_steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4, momentum=0.9)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.4, total_steps=num_steps, pct_start=pct_start
+    )
+    for step in range(num_steps):
+        assert 0.4 * factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        if step + 1 < num_steps:
+            theirs.step()
+
+
+def test_a_stated_warmup_is_the_rise_of_one_cycle() -> None:
+    schedule = ScheduleConfig(shape="one_cycle", warmup_steps=1)
+    factor = optim.lr_factor(schedule, 5)
+    assert factor(0) == 1.0
+    assert factor(4) == pytest.approx(4e-6)
+    asked = OptimConfig(epochs=5, batch_size=1, schedule=schedule)
+    assert optim.resolve(asked, OptimDefaults(), 10).schedule.warmup_steps == 1
+
+
+def test_optimiser_schedule_and_average_are_the_heads_own_unless_asked() -> None:
+    defaults = OptimDefaults(optimizer="sgd", schedule="plateau", ema_decay=0.9)
+    resolved = optim.resolve(OptimConfig(), defaults, 100)
+    assert (resolved.optimizer, resolved.schedule.shape) == ("sgd", "plateau")
+    assert resolved.ema_decay == 0.9
+    asked = OptimConfig(optimizer="adam", ema_decay=0, schedule=ScheduleConfig(shape="linear"))
+    resolved = optim.resolve(asked, defaults, 100)
+    assert (resolved.optimizer, resolved.schedule.shape) == ("adam", "linear")
+    assert resolved.ema_decay == 0
+
+
+def test_factors_by_name_freeze_a_group_and_the_lowest_rate_spares_small_peaks() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [parameters[0]], "lr": 1.0, "peak_lr": 1.0, "name": "old"},
+            {"params": [parameters[1]], "lr": 1.0, "peak_lr": 1.0},
+            {"params": [parameters[2]], "lr": 1.0, "peak_lr": 1e-9},
+        ]
+    )
+    optim.set_lr(optimizer, 1e-6, {"old": 0.0}, min_lr=1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 1e-3, 1e-9]
+
+
 def test_unset_fields_take_the_heads_defaults() -> None:
     defaults = OptimDefaults(lr=0.5, weight_decay=0.1, epochs=7, batch_size=512, warmup_share=0.1)
     resolved = optim.resolve(OptimConfig(), defaults, 100_000)
@@ -34,7 +95,8 @@ def test_unset_fields_take_the_heads_defaults() -> None:
     assert resolved.schedule.warmup_steps == int(0.1 * 7 * math.ceil(100_000 / 512))
     asked = OptimConfig(lr=0.25, weight_decay=0.0, epochs=3, batch_size=9)
     kept = optim.resolve(asked, defaults, 100)
-    assert kept.model_dump(exclude={"schedule"}) == asked.model_dump(exclude={"schedule"})
+    for name in asked.model_fields_set:
+        assert getattr(kept, name) == getattr(asked, name)
 
 
 @pytest.mark.parametrize(("num_rows", "expected"), [(1, 1), (100, 4), (1020, 32), (10**6, 4096)])
@@ -77,7 +139,7 @@ def test_fused_optimisers_equal_the_plain_ones(kind: str) -> None:
 
 def test_offsets_are_not_decayed_and_factors_reach_every_group() -> None:
     head = Linear(3, 2, pairs=[(0.1, 0.5), (0.2, 0.5)])
-    optimizer = optim.build(OptimConfig(), head)
+    optimizer = optim.build(OptimConfig(optimizer="adamw"), head)
     optim.set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05, 0.1, 0.1]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.5, 0.0]

@@ -53,6 +53,7 @@ def test_a_linear_head_learns_and_leaves_a_whole_run_folder(make_single: CacheMa
         "history.jsonl",
         "head.json",
         "head.safetensors",
+        "head_last.safetensors",
         "curves.png",
         "classes_test.csv",
     }
@@ -92,11 +93,11 @@ def _run_interrupted(options: TrainConfig, after_epochs: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         original, calls = fitting.score_candidates, []
 
-        def stopping(*arguments: Any) -> Validation:
+        def stopping(*arguments: Any, **options: Any) -> Validation:
             calls.append(1)
             if len(calls) > after_epochs:
                 raise KeyboardInterrupt
-            return original(*arguments)
+            return original(*arguments, **options)
 
         patch.setattr(fitting, "score_candidates", stopping)
         train.run(options)

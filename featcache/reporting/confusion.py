@@ -1,6 +1,6 @@
 """Zero-shot confusion: which classes the backbone's own text features take for which."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,25 +163,35 @@ def draw(found: Confusion, names: list[str]) -> Figure:
     missed = np.bincount(np.unique(_keys(found), axis=0)[:, 0], minlength=num_classes)
     np.fill_diagonal(counts, (found.label_counts - missed)[chosen])
     share = counts / np.maximum(found.label_counts[chosen], 1)[:, None]
-    side = float(np.clip(0.24 * len(chosen) + 2.6, 4.5, 9.5))
+    return draw_shares(share, [names[index] for index in chosen])
+
+
+def draw_shares(share: npt.NDArray[np.floating], names: Sequence[str]) -> Figure:
+    """A confusion matrix.
+
+    Args:
+        share: (n, n) part of row i's class that was taken for column j's, 0..1.
+        names: n class names.
+    """
+    side = float(np.clip(0.24 * len(names) + 2.6, 4.5, 9.5 if len(names) <= 40 else 11))
     made = style.figure(side, side)
     axes = made.subplots()
     ramp = LinearSegmentedColormap.from_list("report", ["#ffffff", "#9dbcd4", "#16425b"])
     image = axes.imshow(share, cmap=ramp, vmin=0, vmax=1)
-    shown = [_short(names[index]) for index in chosen]
-    size = 9 if len(chosen) <= 20 else 7.5
-    axes.set_xticks(range(len(chosen)), shown, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(chosen)), shown)
+    shown = [_short(name) for name in names]
+    size = 9 if len(names) <= 20 else 7.5 if len(names) <= 40 else 5.5
+    axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), shown)
     axes.tick_params(length=0, labelsize=size, colors=style.INK)
     axes.set_xlabel("predicted", color=style.MUTED)
     axes.set_ylabel("true", color=style.MUTED)
     for spine in axes.spines.values():
         spine.set_color(style.GRID)
-    axes.set_xticks(np.arange(len(chosen) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(chosen) + 1) - 0.5, minor=True)
+    axes.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
     axes.grid(visible=True, which="minor", color=style.GRID, lw=0.6)
     axes.tick_params(which="minor", length=0)
-    if len(chosen) <= 12:
+    if len(names) <= 12:
         for (row, column), value in np.ndenumerate(share):
             if value >= 0.005:
                 ink = "white" if value > 0.5 else style.INK

@@ -24,14 +24,15 @@ class Thumbnails:
         num_missing: rows asked for that are grey tiles.
     """
 
-    def __init__(self, cache: Cache, root: str | None = None) -> None:
+    def __init__(self, cache: Cache, root: str | None = None, side: int = SIDE) -> None:
         """Nothing is read yet.
 
         Args:
             cache: the cache.
             root: folder of the images; None = the one recorded at extraction.
+            side: pixels of a thumbnail's side.
         """
-        self._cache = cache
+        self._cache, self._side = cache, side
         self._root = str(cache.attributes["root"]) if root is None else root
         self._made: dict[int, str] = {}
         self.names = [str(name).replace("_", " ") for name in cache.classes["name"]]
@@ -40,7 +41,7 @@ class Thumbnails:
     def uri(self, row: int) -> str:
         """A row's thumbnail as a data URI."""
         if row not in self._made:
-            self._made[row] = _encode(self._picture(row))
+            self._made[row] = _encode(self.picture(row))
         return self._made[row]
 
     def tile(self, row: int) -> str:
@@ -63,16 +64,17 @@ class Thumbnails:
         warning = "labels differ" if one != two else ""
         return page.pair([self.tile(row), self.tile(other)], caption, warning)
 
-    def _picture(self, row: int) -> Image.Image:
+    def picture(self, row: int) -> Image.Image:
+        """A row's thumbnail: the middle of the image, or grey with the reason."""
         try:
             data = read_bytes(self._root, self._cache.paths[row])
             with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (2 * SIDE, 2 * SIDE))
+                image.draft("RGB", (2 * self._side, 2 * self._side))
                 plain = ImageOps.exif_transpose(image).convert("RGB")
-                return ImageOps.fit(plain, (SIDE, SIDE), Image.Resampling.LANCZOS)
+                return ImageOps.fit(plain, (self._side, self._side), Image.Resampling.LANCZOS)
         except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             self.num_missing += 1
-            return _grey(_reason(error))
+            return _grey(_reason(error), self._side)
 
 
 def _reason(error: Exception) -> str:
@@ -81,13 +83,13 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _grey(reason: str) -> Image.Image:
-    picture = Image.new("RGB", (SIDE, SIDE), _GREY)
+def _grey(reason: str, side: int) -> Image.Image:
+    picture = Image.new("RGB", (side, side), _GREY)
     draw = ImageDraw.Draw(picture)
     lines = textwrap.wrap(reason, 16)[:4]
     for index, line in enumerate(lines):
-        y = SIDE / 2 + (index - (len(lines) - 1) / 2) * 18
-        draw.text((SIDE / 2, y), line, _INK, ImageFont.load_default(14), anchor="mm")
+        y = side / 2 + (index - (len(lines) - 1) / 2) * 18
+        draw.text((side / 2, y), line, _INK, ImageFont.load_default(14), anchor="mm")
     return picture
 
 

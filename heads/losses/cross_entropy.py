@@ -1,18 +1,29 @@
 """Softmax cross-entropy, and of several linear classifiers on the same features in one pass.
 
-With z logits and y the true class: log Σ_c exp z_c − z_y, for each row.
+With z logits, y the true class, ε the smoothing, w class weights, π_c = n_c / N and τ the strength
+of the adjustment, z′ = z + τ log π in training, for each row:
 
-Reference: the negative log-likelihood of one label a row under a softmax.
+    −Σ_c w_c q_c log softmax(z′)_c,   q = (1 − ε) one-hot(y) + ε / C
+
+Reference: the negative log-likelihood of one label a row under a softmax; smoothing: Szegedy et
+al., Rethinking the Inception Architecture for Computer Vision, 2016, section 7; adjustment: Menon
+et al., Long-Tail Learning via Logit Adjustment, 2021, equation 10. Class weights are brought to a
+mean of 1 over the training rows, so that they leave the size of the loss, and of steps, as it is.
 """
 
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from featcache.manifest import Task
-from heads.losses.base import ClassStatistics, Loss, LossConfig
+from heads.losses.base import ClassStatistics, Loss, LossConfig, at_least_float32
+from heads.losses.frequency import effective_number_weights, seen_counts
 from heads.losses.stacked import StackedLinearLoss
+
+Weighting = Literal["none", "inverse", "sqrt_inverse", "class_balanced"]
 
 
 class CrossEntropyConfig(LossConfig):
@@ -22,18 +33,81 @@ class CrossEntropyConfig(LossConfig):
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     """Loss kind."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each label that is spread over all classes, 0 to below 1."""
+    class_weights: Weighting = "none"
+    """none; inverse = N / n_c; sqrt_inverse = its root; class_balanced = by the effective number of
+    rows, (1 − β) / (1 − β^n_c)."""
+    beta: float = Field(default=0.999, ge=0, lt=1)
+    """β of `class_weights=class_balanced`, 0 to below 1."""
+    logit_adjustment: NonNegativeFloat = 0.0
+    """Strength τ with which the log of each class's share of the rows is added to its logit while
+    training, 0 or more: 1 = what predicts well if all classes were equally frequent."""
 
     def build(self, statistics: ClassStatistics) -> "CrossEntropy":
-        """The loss; needs no counts."""
-        return CrossEntropy()
+        """The loss for classes of these counts."""
+        shift = None
+        if self.logit_adjustment:
+            shares = seen_counts(statistics) / max(statistics.num_rows, 1)
+            shift = (self.logit_adjustment * shares.log()).float()
+        return CrossEntropy(self.label_smoothing, self._weights(statistics), shift)
+
+    def _weights(self, statistics: ClassStatistics) -> Tensor | None:
+        """(C,) float32 of mean 1 over the training rows."""
+        if self.class_weights == "none":
+            return None
+        counts = seen_counts(statistics)
+        if self.class_weights == "class_balanced":
+            weights = effective_number_weights(counts, self.beta)
+        else:
+            weights = counts.reciprocal()
+            if self.class_weights == "sqrt_inverse":
+                weights = weights.sqrt()
+        rows = torch.from_numpy(statistics.counts).double()
+        return (weights * rows.sum() / (weights * rows).sum()).float()
 
 
 class CrossEntropy(Loss):
-    """log Σ_c exp z_c − z_y."""
+    """log Σ_c exp z_c − z_y, smoothed, weighted and adjusted."""
+
+    weights: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        weights: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> None:
+        """The loss with its class numbers given.
+
+        Args:
+            label_smoothing: ε.
+            weights: (C,) float32 w, None = 1.
+            shift: (C,) float32 τ log π, added while training.
+        """
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but log Σ_c exp z_c − z_y."""
+        return not self.label_smoothing and self.weights is None and self.shift is None
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) float32; see `Loss.terms`."""
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        logits = at_least_float32(logits)
+        if self.shift is not None and self.training:
+            logits = logits + self.shift
+        return F.cross_entropy(
+            logits,
+            targets,
+            None if self.weights is None else self.weights.to(logits.dtype),
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
 
 
 def stacked_cross_entropy(

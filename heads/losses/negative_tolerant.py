@@ -4,7 +4,7 @@ With u = z + ν, ν_c = −κ log(N / n_c − 1) and ζ the scale of negatives, 
 
     y softplus(−u) + (1 − y) softplus(ζu) / ζ,
 
-times (1 − q_t)^γ with q_t = σ(u) for a positive and σ(−ζu) for a negative (`focal`).
+times α_t (1 − q_t)^γ with q_t = σ(u) for a positive and σ(−ζu) for a negative (`focal`).
 
 Reference: Wu et al., Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed
 Datasets, 2020, equations 6-8. ν is not divided by ζ (their first code does; `ntr_divide`), n_c is
@@ -17,18 +17,19 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from featcache.config import Config
 from heads.losses.base import ClassStatistics, Loss, LossConfig
 from heads.losses.frequency import logit_shift
 from heads.losses.tolerant import two_sided
 
 
-class ToleranceConfig(LossConfig):
+class ToleranceOptions(Config):
     """Options of the losses with tolerance for negatives."""
 
     init_bias: NonNegativeFloat = 0.05
     """Multiplier κ of the logit of each class's share of rows, 0 or more."""
     neg_scale: PositiveFloat = 2.0
-    """Scale ζ of negatives, > 0: more = hard negatives weigh more, easy ones less; published: 2 for
+    """Scale ζ of negatives, > 0: more = wrong ones weigh more, right ones less; published: 2 for
     COCO, 5 for VOC."""
     ntr_divide: bool = False
     """Divide the class offsets by `neg_scale`, as the published vision code does."""
@@ -36,16 +37,19 @@ class ToleranceConfig(LossConfig):
     """Weigh elements down that are right already."""
     gamma: NonNegativeFloat = 2.0
     """Focusing exponent, 0 or more; read with `focal`."""
-    loss_weight: PositiveFloat = 1.0
-    """Multiplier of the whole loss, > 0."""
 
-    def shift(self, statistics: ClassStatistics) -> Tensor:
-        """(C,) float32 ν."""
+    def tolerant(self, statistics: ClassStatistics, alpha: float | None) -> "NegativeTolerant":
+        """The loss for classes of these counts; `alpha` is read with `focal`."""
         shift = logit_shift(statistics, self.init_bias)
-        return shift / self.neg_scale if self.ntr_divide else shift
+        return NegativeTolerant(
+            shift / self.neg_scale if self.ntr_divide else shift,
+            neg_scale=self.neg_scale,
+            gamma=self.gamma if self.focal else 0.0,
+            alpha=alpha if self.focal else None,
+        )
 
 
-class NegativeTolerantConfig(ToleranceConfig):
+class NegativeTolerantConfig(ToleranceOptions, LossConfig):
     """Focal loss with tolerance for negatives, without re-balancing."""
 
     kind: Literal["negative_tolerant"] = "negative_tolerant"
@@ -56,13 +60,7 @@ class NegativeTolerantConfig(ToleranceConfig):
 
     def build(self, statistics: ClassStatistics) -> "NegativeTolerant":
         """The loss for classes of these counts."""
-        return NegativeTolerant(
-            self.shift(statistics),
-            neg_scale=self.neg_scale,
-            gamma=self.gamma if self.focal else 0.0,
-            alpha=self.alpha if self.focal else None,
-            multiplier=self.loss_weight,
-        )
+        return self.tolerant(statistics, self.alpha)
 
 
 class NegativeTolerant(Loss):
@@ -77,7 +75,6 @@ class NegativeTolerant(Loss):
         neg_scale: float = 2.0,
         gamma: float = 2.0,
         alpha: float | None = 0.5,
-        multiplier: float = 1.0,
     ) -> None:
         """The loss with ν given.
 
@@ -86,16 +83,14 @@ class NegativeTolerant(Loss):
             neg_scale: ζ > 0.
             gamma: focusing exponent, 0 = not focal.
             alpha: α of α_t, None = 1 for both sides.
-            multiplier: of every term.
         """
         super().__init__()
         self.register_buffer("shift", shift, persistent=False)
         self.neg_scale, self.gamma, self.alpha = neg_scale, gamma, alpha
-        self.multiplier = multiplier
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, C) float32; see `Loss.terms`."""
-        return self.multiplier * two_sided(
+        return two_sided(
             logits,
             targets,
             gamma=self.gamma,

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from heads.losses.asymmetric import Asymmetric
 from heads.losses.binary_cross_entropy import BinaryCrossEntropy
 from heads.losses.focal import Focal
+from heads.losses.multi_label_soft_margin import MultiLabelSoftMargin
+from heads.losses.smooth import Smooth, SmoothConfig
 
 from . import written_out
-from .problem import agrees, gradient, gradient_checks
+from .problem import STATISTICS, agrees, gradient, gradient_checks
+from .written_out import Array
 
 
 def test_sigmoid_cross_entropy() -> None:
@@ -94,3 +97,27 @@ def test_half_labels_weigh_both_sides() -> None:
     sides = [loss(z, torch.full_like(z, value)).item() for value in (0.0, 1.0, 0.3)]
     assert sides[2] == pytest.approx(0.7 * sides[0] + 0.3 * sides[1])
     assert np.ptp(sides[:2]) > 0.01
+
+
+def test_soft_margin_is_torchs_own() -> None:
+    agrees(
+        MultiLabelSoftMargin(),
+        lambda z, y: written_out.each(z, y, lambda i, c: written_out.bce(z[i, c], y[i, c])).mean(1),
+    )
+    z, y = torch.randn(5, 4), (torch.rand(5, 4) < 0.5).float()
+    torch.testing.assert_close(MultiLabelSoftMargin()(z, y), F.multilabel_soft_margin_loss(z, y))
+
+
+def test_f36_smoothing_smooths_by_default() -> None:
+    loss = SmoothConfig().build(STATISTICS)
+
+    def expected(z: Array, y: Array) -> Array:
+        wanted = y * 0.9 + 0.05
+        return written_out.each(z, y, lambda i, c: written_out.bce(z[i, c], wanted[i, c]))
+
+    agrees(loss, expected)
+    gradient_checks(loss)
+    least = torch.tensor([[np.log(0.95 / 0.05)]])  # where a smoothed positive is content
+    assert gradient(Smooth(), least, torch.ones(1, 1)).abs() < 1e-6
+    with pytest.raises(ValueError, match="epsilon"):
+        SmoothConfig(epsilon=0.0)

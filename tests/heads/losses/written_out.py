@@ -108,3 +108,31 @@ def zlpr(z: Array, y: Array) -> Array:
 def effective(n: float, beta: float) -> float:
     """(1 − β) / (1 − β^n)."""
     return (1 - beta) / (1 - beta**n)
+
+
+def angular(cosines: Array, y: Array, scale: float, margin: float, offset: float) -> Array:
+    """Sigmoid cross-entropy of s [y cos(θ + m) + (1 − y) cos θ] + offset."""
+
+    def term(i: int, c: int) -> float:
+        theta = math.acos(cosines[i, c])
+        if theta + margin > math.pi:
+            turned = math.cos(theta) - margin * math.sin(margin)
+        else:
+            turned = math.cos(theta + margin)
+        z = scale * (y[i, c] * turned + (1 - y[i, c]) * math.cos(theta)) + offset
+        return bce(z, y[i, c])
+
+    return each(cosines, y, term)
+
+
+def softmax_cross_entropy(z: Array, labels: Array, w: Array, epsilon: float) -> Array:
+    """−Σ_c w_c q_c log softmax(z)_c, q = (1 − ε) one-hot + ε / C."""
+    rows = []
+    for i in range(z.shape[0]):
+        total = sum(math.exp(z[i, c] - z[i].max()) for c in range(z.shape[1]))
+        value = 0.0
+        for c in range(z.shape[1]):
+            q = (1 - epsilon) * (c == labels[i]) + epsilon / z.shape[1]
+            value -= w[c] * q * (z[i, c] - z[i].max() - math.log(total))
+        rows.append(value)
+    return np.array(rows)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, Self, TextIO, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, Self, TextIO, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -40,6 +40,9 @@ class Config(BaseModel):
         protected_namespaces=(),
     )
 
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Further names for `kind`, each with the options it stands for: names in common use."""
+
     @model_validator(mode="before")
     @classmethod
     def _short_kinds(cls, values: Any) -> Any:
@@ -53,11 +56,12 @@ class Config(BaseModel):
                 continue
             value = values[name]
             if isinstance(value, str):
-                values[name] = {"kind": value}
+                value = {"kind": value}
             elif isinstance(value, Mapping) and "kind" not in value:
                 kind = _default_kind(field)
                 if kind is not None:
-                    values[name] = {"kind": kind, **value}
+                    value = {"kind": kind, **value}
+            values[name] = _by_own_kind(field, value)
         return values
 
     def record(self) -> dict[str, Any]:
@@ -233,6 +237,16 @@ def _file_problem(error: OSError) -> str:
 def _default_kind(field: FieldInfo) -> str | None:
     default = field.get_default(call_default_factory=False)
     return None if default is PydanticUndefined else getattr(default, "kind", None)
+
+
+def _by_own_kind(field: FieldInfo, value: Any) -> Any:
+    """`value` with an alias of a kind replaced by the kind and the options it stands for."""
+    if isinstance(value, Mapping):
+        for member in _nested_models(field.annotation):
+            options = member.aliases.get(str(value.get("kind")))
+            if options is not None:
+                return {**options, **value, "kind": member.model_fields["kind"].default}
+    return value
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -235,6 +235,10 @@ class HeadConfig(Config):
         """Whether `build` needs `FeatureSpec.text_tower`."""
         return False
 
+    def gives_cosines(self) -> bool:
+        """Whether the head can train on a loss that takes cosines (`LossConfig.needs_cosines`)."""
+        return False
+
     def wants_cooccurrence(self) -> bool:
         """Whether `build` needs `FeatureSpec.cooccurrence`."""
         return False

@@ -290,6 +290,11 @@ def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> L
             f"loss={loss.kind} is for {' and '.join(loss.tasks)} data, the cache is {task}; choose "
             "another loss"
         )
+    if loss.needs_cosines and not config.head.gives_cosines():
+        raise ConfigError(
+            f"loss={loss.kind} takes cosines, head {config.head.kind} gives logits as it is set; "
+            "use --head linear --head.cosine, or another loss"
+        )
     return loss.build(statistics)
 
 

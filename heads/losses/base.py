@@ -64,7 +64,7 @@ class LossConfig(Config):
     tasks: ClassVar[tuple[Task, ...]] = ("single_label", "multi_label")
     """Tasks that the loss is defined for; sigmoid losses take one label a row as a one-hot row."""
     needs_cosines: ClassVar[bool] = False
-    """Whether logits have to be scaled cosines, as a head with `cosine=true` gives them."""
+    """Whether it takes cosines in place of logits; `HeadConfig.gives_cosines` says who has them."""
 
     kind: str
     """Loss kind."""

@@ -10,7 +10,8 @@ and 12; the modes over a row's labels are those of the distribution-balanced los
 without rows counts as one of a single row; a row without labels has the least weight, 1 − β.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -22,6 +23,8 @@ from heads.losses.weighted import Weighted
 
 class ClassBalancedConfig(EffectiveNumberOptions, LossConfig):
     """Focal loss weighted by the effective number of rows."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"CBloss": {}}
 
     kind: Literal["class_balanced"] = "class_balanced"
     """Loss kind."""

@@ -9,7 +9,8 @@ Reference: Huang et al., Balancing Methods for Multi-label Text Classification w
 Class Distribution, 2021, section 3 (CB-NTR). Edge cases as in the two losses it is made of.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -21,6 +22,8 @@ from heads.losses.weighted import Weighted
 
 class ClassBalancedNTRConfig(EffectiveNumberOptions, ToleranceOptions, LossConfig):
     """Negative-tolerant focal loss weighted by the effective number of rows."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"CBloss-ntr": {}}
 
     kind: Literal["class_balanced_ntr"] = "class_balanced_ntr"
     """Loss kind."""

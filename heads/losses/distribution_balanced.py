@@ -13,7 +13,8 @@ Datasets, 2020, equations 4-9. Rows without a label have r = 1. ν is not divide
 code does; `ntr_divide`), n_c is held between 1 and N − 1, and evaluation mode leaves ν out.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
@@ -25,6 +26,12 @@ from heads.losses.weighted import Weighted
 
 class DistributionBalancedConfig(RebalanceOptions, ToleranceOptions, LossConfig):
     """Re-balanced, negative-tolerant focal loss for long-tailed sets of several labels."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dbl": {},
+        "DBloss": {},
+        "DBloss-noFocal": {"focal": False, "loss_weight": 0.5},
+    }
 
     kind: Literal["distribution_balanced"] = "distribution_balanced"
     """Loss kind."""

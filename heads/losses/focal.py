@@ -9,7 +9,8 @@ Reference: Lin et al., Focal Loss for Dense Object Detection, 2017, equation 5. 
 and 1 weigh the two sides, where the paper has 0 and 1 only.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
@@ -20,6 +21,8 @@ from heads.losses.tolerant import two_sided
 
 class FocalConfig(LossConfig):
     """Sigmoid cross-entropy that looks away from elements that are right already."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"FL": {"alpha": 0.5}}
 
     kind: Literal["focal"] = "focal"
     """Loss kind."""

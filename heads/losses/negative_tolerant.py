@@ -12,7 +12,8 @@ held between 1 and N − 1, and ν belongs to training: evaluation mode leaves i
 are made of the logits as the head gives them.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
@@ -51,6 +52,8 @@ class ToleranceOptions(Config):
 
 class NegativeTolerantConfig(ToleranceOptions, LossConfig):
     """Focal loss with tolerance for negatives, without re-balancing."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"NTR-Focal": {}}
 
     kind: Literal["negative_tolerant"] = "negative_tolerant"
     """Loss kind."""

@@ -8,7 +8,8 @@ Reference: Wu et al., Distribution-Balanced Loss for Multi-Label Classification 
 Datasets, 2020, equations 3-5. Rows without a label have r = 1.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeFloat
 
@@ -20,6 +21,8 @@ from heads.losses.weighted import Weighted
 
 class RebalancedConfig(RebalanceOptions, LossConfig):
     """Sigmoid cross-entropy with re-balancing weights."""
+
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {"R-BCE-Focal": {"focal": True}}
 
     kind: Literal["rebalanced"] = "rebalanced"
     """Loss kind."""

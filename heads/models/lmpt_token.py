@@ -231,7 +231,7 @@ class LmptToken(PromptHead):
         super().__init__(losses, scale, threshold)
         self.prompts, self.token_form, self.shift = prompts, token_form, shift
         self.register_buffer("vectors", vectors)
-        self._made_of: tuple[int, int] | None = None
+        self._made_of: Tensor | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C) logits; see `Head.forward`. Out of training the tower runs once, not each time."""
@@ -264,11 +264,13 @@ class LmptToken(PromptHead):
 
     @torch.no_grad()
     def _kept(self) -> Tensor:
-        """The class vectors, made anew if the context has changed since."""
+        """The class vectors, made anew if the context has changed since.
+
+        Values are compared: fused optimisers change them without counting up a tensor's version.
+        """
         if self.prompts is not None:
             context = self.prompts.context
-            made_of = (context.data_ptr(), context._version)
-            if made_of != self._made_of:
+            if self._made_of is None or not torch.equal(self._made_of, context.cpu()):
                 self.vectors.copy_(self.prompts.vectors())
-                self._made_of = made_of
+                self._made_of = context.detach().cpu().clone()
         return self.vectors

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from featcache.backbones.prompt_tower import PromptTower
 from featcache.config import Config
 from featcache.manifest import Task
-from heads.losses.base import Loss
+from heads.losses.base import Loss, LossConfig
 
 if TYPE_CHECKING:
     from heads.run_folder import LoadedRun
@@ -226,6 +226,14 @@ class HeadConfig(Config):
     def training_arrays(self) -> tuple[str, ...]:
         """Further arrays that only `Head.loss` reads, after those of `arrays`."""
         return ()
+
+    def default_loss(self, task: Task) -> LossConfig | None:
+        """The loss on logits where the user chooses none; None = what suits the task.
+
+        Args:
+            task: of the cache.
+        """
+        return None
 
     def wants_prompts(self) -> bool:
         """`needs_prompts`, for heads whose options decide it."""

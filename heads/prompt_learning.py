@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
+from featcache.manifest import Task
 from heads.base import Features, FeatureSpec, Head, HeadConfig
-from heads.losses.base import Loss
+from heads.losses.base import Loss, LossConfig
 from heads.losses.class_specific_embedding import (
     ClassSpecificEmbedding,
     Distances,
     Variant,
 )
+from heads.losses.distribution_balanced import DistributionBalancedConfig
 
 
 class PromptLearningConfig(HeadConfig):
@@ -44,6 +46,10 @@ class PromptLearningConfig(HeadConfig):
     threshold: bool = True
     """Learn the cosine from which on a class counts as present (multi-label sets only); without it
     every positive cosine does, and the sigmoids of CLIP's cosines are all close to 1."""
+
+    def default_loss(self, task: Task) -> LossConfig | None:
+        """Distribution-balanced for several labels a row."""
+        return DistributionBalancedConfig() if task == "multi_label" else None
 
     def wants_statistics(self) -> bool:
         """True: the threshold starts where the mean logit says how common labels are."""

@@ -284,7 +284,7 @@ def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> L
                 "out, or choose another head"
             )
         return None
-    loss = config.loss or default_loss(task)
+    loss = config.loss or config.head.default_loss(task) or default_loss(task)
     if task not in loss.tasks:
         raise ConfigError(
             f"loss={loss.kind} is for {' and '.join(loss.tasks)} data, the cache is {task}; choose "

@@ -43,7 +43,7 @@ class AdamWConfig(Config):
         Args:
             num_steps: optimizer steps of the whole run.
         """
-        schedule = ScheduleConfig(warmup_steps=round(self.warmup * num_steps))
+        schedule = ScheduleConfig(shape="cosine", warmup_steps=round(self.warmup * num_steps))
         return lr_factor(schedule, num_steps)
 
 

@@ -177,6 +177,7 @@ def build(optim: OptimConfig, head: Head) -> torch.optim.Optimizer:
         optim: resolved.
         head: on the device it will be trained on.
     """
+    assert optim.optimizer is not None, "not resolved"
     groups: list[dict[str, Any]] = head.param_groups(
         math.nan if optim.lr is None else optim.lr,
         math.nan if optim.weight_decay is None else optim.weight_decay,

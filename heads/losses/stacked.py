@@ -18,7 +18,8 @@ class StackedLinearLoss(torch.autograd.Function):
     """(G,) mean loss of each classifier; the gradient is made in the forward pass, chunk by chunk.
 
     Never holds more than `CHUNK_ELEMENTS` logits, and so no (B, G, C) tensor. Features get no
-    gradient: they come from a cache.
+    gradient: they come from a cache. Under bfloat16 autocast both multiplications are bfloat16; a
+    float16 one is not made use of: a sum of gradients over thousands of rows leaves its range.
     """
 
     @staticmethod
@@ -38,14 +39,23 @@ class StackedLinearLoss(torch.autograd.Function):
         weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
         losses = weight.new_zeros(num_copies)
         step = max(1, CHUNK_ELEMENTS // len(weight))
-        for start in range(0, num_rows, step):
-            rows = features[start : start + step]
-            logits = torch.addmm(bias, rows, weight.T).view(len(rows), num_copies, num_classes)
-            loss, gradient = loss_and_gradient(logits, targets[start : start + step])
-            losses += loss
-            flat = gradient.view(len(rows), -1)
-            weight_gradient.addmm_(flat.T, rows)
-            bias_gradient += flat.sum(0)
+        kind, dtype = features.device.type, features.dtype
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            dtype = torch.bfloat16
+        bias, weight = bias.to(dtype), weight.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, num_rows, step):
+                rows = features[start : start + step].to(dtype)
+                logits = torch.addmm(bias, rows, weight.T).float()
+                logits = logits.view(len(rows), num_copies, num_classes)
+                loss, gradient = loss_and_gradient(logits, targets[start : start + step])
+                losses += loss
+                flat = gradient.view(len(rows), -1)
+                if dtype == weight_gradient.dtype:
+                    weight_gradient.addmm_(flat.T, rows)
+                else:
+                    weight_gradient += flat.T.to(dtype) @ rows
+                bias_gradient += flat.sum(0)
         ctx.num_copies, ctx.has_bias = num_copies, bool(biases)
         ctx.save_for_backward(weight_gradient.div_(num_rows), bias_gradient.div_(num_rows))
         return losses / num_rows

@@ -84,7 +84,7 @@ def train(
         optimizer=optimizer_kind,
         epochs=epochs,
         batch_size=100,
-        schedule=ScheduleConfig(warmup_steps=0),
+        schedule=ScheduleConfig(shape="cosine", warmup_steps=0),
     )
     optimizer = optim.build(config, head)
     num_steps = config.num_steps(len(features))

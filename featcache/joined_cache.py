@@ -9,26 +9,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from featcache.batches import Rows
+from featcache.caption_means import unit_rows
 from featcache.errors import CacheError, ConfigError
 from featcache.identity import fingerprint
-from featcache.layout.feature_array import FeatureArray, checked_rows
+from featcache.layout.feature_array import ComputedArray, FeatureArray, checked_rows
 from featcache.reader import Cache
 
-VECTORS = ("image/projected", "image/pooled")
+VECTORS = ("image/projected", "image/pooled", "image/multimodal_pooled")
 """Arrays that can stand side by side: one vector a row."""
 
 _BLOCK_BYTES = 32 << 20
 """Bytes of a member's rows that are normalised at a time."""
 
 
-def unit_rows(features: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """(..., D) float32 of length 1 along the last axis; zeros stay zeros, NaN stays NaN."""
-    plain = np.asarray(features, np.float32)
-    lengths = np.linalg.norm(plain, axis=-1, keepdims=True)
-    return np.asarray(plain / np.maximum(lengths, 1e-6), np.float32)
-
-
-class JoinedArray(FeatureArray):
+class JoinedArray(ComputedArray):
     """Rows of one array of each member, joined by row numbers; see `FeatureArray`.
 
     Attributes:
@@ -72,26 +66,6 @@ class JoinedArray(FeatureArray):
     def chunk_rows(self) -> int:
         """Rows of a chunk file of the first member."""
         return self.members[0].chunk_rows
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row as it is read, all its views."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    def read(
-        self,
-        rows: slice | Rows | None = None,
-        out: npt.NDArray[Any] | None = None,
-        view: int | None = None,
-    ) -> npt.NDArray[Any]:
-        """A copy of rows; see `FeatureArray.read`."""
-        if view is not None and not 0 <= view < self.num_views:
-            raise IndexError(f"{self.name}: view {view} of {self.num_views}")
-        if rows is None:
-            rows = slice(None)
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)), dtype=np.int64)
-        return self.take(rows, out, view)
 
     def take(
         self, rows: Rows, out: npt.NDArray[Any] | None = None, view: int | None = None
@@ -222,6 +196,31 @@ class JoinedCache(Cache):
         offsets, texts = self.lead.captions
         new, places = ragged(offsets, np.arange(len(texts)), self._kept)
         return new, [texts[index] for index in places.tolist()]
+
+    @cached_property
+    def caption_offsets(self) -> npt.NDArray[np.int64]:
+        """(N+1,) offsets of the first member's captions; see `Cache.captions`."""
+        counts = self.lead.caption_counts[self._kept]
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @cached_property
+    def caption_counts(self) -> npt.NDArray[np.int64]:
+        """(N,) captions of each row in the member that has fewest of it."""
+        counts = [
+            one.caption_counts[self.member_rows[alias]] for alias, one in self.members.items()
+        ]
+        return np.asarray(np.minimum.reduce(counts), np.int64)
+
+    def caption_means(self) -> FeatureArray:
+        """(N, sum of P) the members' means side by side, each of length 1; see `Cache`.
+
+        Raises:
+            CacheError: if a member has no caption features.
+        """
+        means = [
+            (one.caption_means(), self.member_rows[alias]) for alias, one in self.members.items()
+        ]
+        return JoinedArray("text/projected", means)
 
     @cached_property
     def label_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:

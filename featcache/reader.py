@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from featcache.batches import RAM_BUDGET_BYTES, Rows, plan_batches
+from featcache.caption_means import CaptionMeans
 from featcache.errors import CacheError, ConfigError
 from featcache.identity import Identity, require_equal
 from featcache.layout.feature_array import FeatureArray
@@ -125,7 +126,25 @@ class Cache:
     @cached_property
     def captions(self) -> tuple[npt.NDArray[np.int64], Sequence[str]]:
         """(N+1,) offsets and the M captions; row i has captions offsets[i]..offsets[i+1]."""
-        return self._numbers("text/offsets"), self._strings("rows/caption_values")
+        return self.caption_offsets, self._strings("rows/caption_values")
+
+    @cached_property
+    def caption_offsets(self) -> npt.NDArray[np.int64]:
+        """(N+1,) row i has captions offsets[i]..offsets[i+1]."""
+        return self._numbers("text/offsets")
+
+    @cached_property
+    def caption_counts(self) -> npt.NDArray[np.int64]:
+        """(N,) captions of each row."""
+        return np.diff(self.caption_offsets)
+
+    def caption_means(self) -> FeatureArray:
+        """(N, P) float32 mean of each row's caption features, each of length 1; zeros without.
+
+        Raises:
+            CacheError: if the cache does not hold `text/projected`.
+        """
+        return CaptionMeans(self.array("text/projected"), self.caption_offsets)
 
     @cached_property
     def classes(self) -> pd.DataFrame:

@@ -1,278 +1,206 @@
-"""Rows, targets and features of a cache, cut for training: no loaders, only index arrays."""
+"""Features of a cache as heads read them: no loaders, only tables that are cut by index arrays."""
 
-import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.errors import CacheError, ConfigError
-from featcache.joined_cache import JoinedCache
+from featcache.errors import CacheError
+from featcache.joined_cache import VECTORS, JoinedCache
 from featcache.layout.quantized_array import QuantizedArray
 from featcache.reader import Cache, FeatureArray
-from heads.base import HeadConfig
+from heads.base import Features, HeadConfig
 
 IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
-CARVE = "carve"
-"""Name of the validation split that is carved out of the training split."""
+TEXT = "text/projected"
+"""Name under which heads read one caption vector an image; the cache has a row a caption."""
 
 _SCAN_ROWS = 65_536
 _SCAN_VALUES = 1 << 28
 """Most numbers looked at together: 1 GiB of float32, which tokens reach with far fewer rows."""
+_SPAN_VALUES = 1 << 25
+"""Most numbers of an array, or scores, of the rows that are scored together: 128 MiB of float32."""
 _FLAGS = {
-    "projected": "--features.projected",
-    "pooled": "--features.pooled",
-    "multimodal_pooled": "--features.multimodal pooled",
+    "image/projected": "--features.projected",
+    "image/pooled": "--features.pooled",
+    "image/tokens": "--features.tokens all (or grid:K)",
+    "image/multimodal": "--features.multimodal states",
+    "image/multimodal_mask": "--features.multimodal states",
+    "image/multimodal_pooled": "--features.multimodal pooled",
+    TEXT: "--features.text from a dataset with captions",
 }
 
-logger = logging.getLogger(__name__)
+
+def reads_captions(name: str) -> bool:
+    """Whether an array has nothing for an image without a caption."""
+    return name.startswith(("text/", "image/multimodal"))
 
 
 @dataclass(frozen=True)
-class Part:
-    """Labelled valid rows of a cache.
+class HeadArrays:
+    """The arrays of a cache that a head reads, opened.
 
     Attributes:
-        name: split they come from.
-        rows: (n,) int64 ascending row numbers.
-        targets: (n,) int64 class indices, or (n, C) uint8 multi-hot.
+        arrays: by name, in the order in which the head takes them; each with a row an image.
+        captioned: (N,) rows with a caption; None if no array needs one.
     """
 
-    name: str
-    rows: IntArray
-    targets: npt.NDArray[Any]
+    arrays: Mapping[str, FeatureArray]
+    captioned: Mask | None
+
+    @property
+    def readable(self) -> Mask | None:
+        """(N,) rows that hold anything for the head; None = all that are valid."""
+        return self.captioned if all(map(reads_captions, self.arrays)) else None
+
+    def only(self, names: Sequence[str]) -> "HeadArrays":
+        """Those of the arrays that are named, in that order."""
+        return HeadArrays({name: self.arrays[name] for name in names}, self.captioned)
+
+
+def open_arrays(cache: Cache, head: HeadConfig, training: bool = False) -> HeadArrays:
+    """The arrays that a head reads.
+
+    Args:
+        cache: where they are.
+        head: which ones.
+        training: also those that only its loss reads.
+
+    Raises:
+        CacheError: if the cache was extracted without one of them; the message says which option
+            of the extraction makes it.
+    """
+    names = [*head.arrays(), *(head.training_arrays() if training else ())]
+    arrays = {name: _open(cache, head, name) for name in names}
+    needed = any(map(reads_captions, names))
+    return HeadArrays(arrays, cache.caption_counts > 0 if needed else None)
+
+
+def _open(cache: Cache, head: HeadConfig, name: str) -> FeatureArray:
+    lacking = [one for one in cache.parts if not one.has(name)]
+    if not lacking and name == TEXT:
+        return cache.caption_means()
+    if cache.has(name):
+        return cache.array(name)
+    held = ", ".join(cache.feature_names())
+    advice = f"extract it with {_FLAGS[name]}, or choose another head or feature"
+    if name == "image/projected" and cache.attributes.get("projected_dim") == 0:
+        advice = (
+            "its backbone reads no text and has no projection, so choose a head on pooled features "
+            "(--head linear --head.feature pooled)"
+        )
+    if isinstance(cache, JoinedCache):
+        advice = f"a join has only {', '.join((*VECTORS, TEXT))}; choose another head or feature"
+        if lacking:
+            without = ", ".join(key for key, one in cache.members.items() if one in lacking)
+            advice = f"it is not in {without}; choose another head or feature"
+    raise CacheError(
+        f"{cache.path}: head {head.kind} reads {name}, the cache holds {held}; {advice}"
+    )
+
+
+class FeatureTables:
+    """Chosen rows of every array that a head reads, cut into batches on a device.
+
+    Attributes:
+        tables: one table an array, in the head's order.
+        rows: (n,) int64 row numbers in the cache.
+        device: where batches go.
+        num_views: V, the same for all arrays with views; 1 = none has any.
+    """
+
+    def __init__(self, arrays: HeadArrays, rows: IntArray, device: torch.device) -> None:
+        """Reads the rows once; see `FeatureTable`.
+
+        Raises:
+            CacheError: if a row holds NaN or infinity.
+        """
+        missing = None if arrays.captioned is None else ~arrays.captioned[rows]
+        self.tables = tuple(
+            FeatureTable(array, rows, device, missing if reads_captions(name) else None)
+            for name, array in arrays.arrays.items()
+        )
+        self.rows, self.device = rows, device
+        self.num_views = max(table.num_views for table in self.tables)
+        assert {table.num_views for table in self.tables} <= {1, self.num_views}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def subset(self, mask: npt.NDArray[np.bool_], name: str) -> "Part":
-        """The rows where `mask` is true."""
-        return Part(name, self.rows[mask], self.targets[mask])
+    @property
+    def feature_dims(self) -> dict[str, int]:
+        """Last axis of each array, by name; the length of a mask is that of its array's tokens."""
+        return {table.name: table.feature_dim for table in self.tables}
 
+    def batch(self, index: Tensor, views: Tensor | None = None) -> Features:
+        """B rows of each array, on the device; see `FeatureTable.batch`.
 
-@dataclass(frozen=True)
-class Parts:
-    """What is trained on, what decides, and what is only reported (None: nothing labelled)."""
+        Args:
+            index: (b,) int64 positions among the chosen rows, on the CPU or the device.
+            views: (b,) int64 view of each row, in all arrays that have views; None = the plain one.
+        """
+        return tuple(table.batch(index, views) for table in self.tables)
 
-    train: Part
-    val: Part
-    test: Part | None
+    def slice(self, start: int, stop: int) -> Features:
+        """Consecutive rows of each array, plain view, on the device."""
+        return tuple(table.slice(start, stop) for table in self.tables)
 
+    def spans(self, num_classes: int) -> list[tuple[int, int]]:
+        """Ranges of consecutive rows whose features, and C scores each, are held at a time."""
+        most = max(num_classes, *(table.row_values for table in self.tables))
+        step = max(1, min(_SCAN_ROWS, _SPAN_VALUES // most))
+        return [(start, min(start + step, len(self))) for start in range(0, len(self), step)]
 
-def require_labels(cache: Cache) -> None:
-    """Checks that there is something to learn.
-
-    Raises:
-        CacheError: without classes or labels.
-    """
-    if cache.task == "unlabelled" or cache.num_classes == 0:
-        raise CacheError(
-            f"{cache.path}: holds {cache.num_classes} classes and is {cache.task}; heads need "
-            "labels, so extract a labelled dataset"
-        )
-
-
-def labelled_part(cache: Cache, split: str) -> Part:
-    """The valid labelled rows of a split; a single-label row without a label is left out.
-
-    Raises:
-        ConfigError: if the cache has no such split.
-    """
-    rows = cache.rows(split)
-    if cache.task == "multi_label":
-        return Part(split, rows, cache.multi_hot(rows))
-    labels = cache.labels(rows)
-    return Part(split, rows[labels >= 0], labels[labels >= 0])
-
-
-def has_labels(part: Part) -> bool:
-    """Whether any row has a label; a test list without labels reads as rows without positives."""
-    return len(part) > 0 and (part.targets.ndim == 1 or bool(part.targets.any()))
-
-
-def choose_parts(
-    cache: Cache,
-    *,
-    train_split: str,
-    val_split: str | None,
-    val_fraction: float,
-    test_split: str | None,
-    select_on: Literal["val", "test"],
-    seed: int,
-) -> Parts:
-    """The rows to train on, to decide by, and to report.
-
-    Args:
-        cache: labelled.
-        train_split: split to train on.
-        val_split: split that decides; `CARVE` = carve it out of the training split; None = `val` if
-            the cache has one, otherwise carve.
-        val_fraction: share of each class's training rows that carving takes, 0..1.
-        test_split: split that is reported; None = `test` if the cache has one.
-        select_on: `test` decides by the test split and trains on all training rows.
-        seed: of the carving.
-
-    Raises:
-        ConfigError: unknown split, or one split in two roles.
-        CacheError: no labelled row to train on or to decide by.
-    """
-    names = cache.split_names
-    if val_split is None:
-        val_split = "val" if "val" in names and "val" not in (train_split, test_split) else CARVE
-    asked_test = test_split is not None
-    if test_split is None and "test" in names and "test" not in (train_split, val_split):
-        test_split = "test"
-    roles = {"train_split": train_split, "val_split": val_split, "test_split": test_split}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        if roles[f"{one}_split"] == roles[f"{other}_split"]:
-            raise ConfigError(
-                f"{one}_split and {other}_split are both {roles[f'{one}_split']!r}; rows that were "
-                "trained or decided on cannot be reported, choose different splits"
-            )
-    train = labelled_part(cache, train_split)
-    _require_rows(train, cache)
-    test = None if test_split is None else labelled_part(cache, test_split)
-    if test is not None and (asked_test or select_on == "test"):
-        _require_rows(test, cache)
-    if test is not None and not has_labels(test):
-        test = None
-    if select_on == "test":
-        if test is None:
-            raise ConfigError("select_on=test, but the cache has no labelled test split")
-        logger.warning(
-            "select_on=test: the split %r decides and is reported, so its figures are optimistic; "
-            "use this only to compare with figures published that way",
-            test.name,
-        )
-        return Parts(train, test, test)
-    if val_split != CARVE:
-        val = labelled_part(cache, val_split)
-        _require_rows(val, cache)
-        return Parts(train, val, test)
-    held_out = carve(train.targets, cache.num_classes, val_fraction, seed)
-    if not held_out.any():
-        raise CacheError(
-            f"{cache.path}: no class of split {train_split!r} has two rows, so no validation rows "
-            "can be carved out of it; name another split as val_split"
-        )
-    return Parts(
-        train.subset(~held_out, train_split),
-        train.subset(held_out, f"{train_split} (held out)"),
-        test,
-    )
-
-
-def carve(
-    targets: npt.NDArray[Any], num_classes: int, fraction: float, seed: int
-) -> npt.NDArray[np.bool_]:
-    """(n,) mask of the rows to hold out: about `fraction` of each class, drawn by `seed`.
-
-    Every class with at least two rows keeps at least one and gives at least one, as far as the
-    other labels of its rows allow.
-
-    Args:
-        targets: (n,) class indices or (n, C) multi-hot.
-        num_classes: C.
-        fraction: 0..1.
-        seed: of the draw.
-    """
-    rng = np.random.default_rng(seed)
-    num_rows = len(targets)
-    if targets.ndim == 1:
-        counts = np.bincount(targets, minlength=num_classes)
-        wanted = _wanted(counts, fraction)
-        order = np.lexsort((rng.random(num_rows), targets))
-        start = np.cumsum(counts) - counts
-        rank = np.empty(num_rows, np.int64)
-        rank[order] = np.arange(num_rows) - np.repeat(start, counts)
-        result: npt.NDArray[np.bool_] = rank < wanted[targets]
-        return result
-    counts = targets.sum(0, dtype=np.int64)
-    wanted = _wanted(counts, fraction)
-    left, taken = counts.copy(), np.zeros(num_classes, np.int64)
-    mask = np.zeros(num_rows, bool)
-    keys = rng.random(num_rows)
-    for c in np.argsort(counts, kind="stable"):
-        rows = np.flatnonzero((targets[:, c] > 0) & ~mask)
-        for row in rows[np.argsort(keys[rows])]:
-            if taken[c] >= wanted[c]:
-                break
-            labels = np.flatnonzero(targets[row])
-            if (left[labels] < 2).any():
-                continue  # the last training row of another class
-            mask[row] = True
-            left[labels] -= 1
-            taken[labels] += 1
-    empty = ~targets.any(1)
-    mask[empty] = keys[empty] < fraction
-    return mask
-
-
-def class_counts(part: Part, num_classes: int) -> IntArray:
-    """(C,) rows with each class."""
-    if part.targets.ndim == 1:
-        return np.bincount(part.targets, minlength=num_classes).astype(np.int64)
-    counts: IntArray = part.targets.sum(0, dtype=np.int64)
-    return counts
-
-
-def feature_array(cache: Cache, head: HeadConfig) -> FeatureArray:
-    """The array that a head reads.
-
-    Raises:
-        CacheError: if the cache was extracted without it.
-    """
-    (name,) = head.arrays()
-    if not cache.has(name):
-        held = ", ".join(cache.feature_names("image/"))
-        flag = _FLAGS.get(name.removeprefix("image/"), "--features.tokens")
-        advice = f"extract it with {flag}, or choose another head or feature"
-        if name == "image/projected" and cache.attributes.get("projected_dim") == 0:
-            advice = (
-                "its backbone reads no text and has no projection, so choose a head on pooled "
-                "features (--head linear --head.feature pooled)"
-            )
-        if isinstance(cache, JoinedCache):
-            lacking = [alias for alias, one in cache.members.items() if not one.has(name)]
-            advice = f"it is not in {', '.join(lacking)}; choose another head or feature"
-        raise CacheError(
-            f"{cache.path}: head {head.kind} reads {name}, the cache holds {held}; {advice}"
-        )
-    return cache.array(name)
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """(D,) float32 mean and deviation of the first array's columns; see `FeatureTable`."""
+        return self.tables[0].statistics()
 
 
 class FeatureTable:
-    """Features of chosen rows, cut into float32 batches on a device.
+    """Features of chosen rows, cut into float32 batches on a device; masks stay bool.
 
     They are held on the device if they fit into half of its free memory, otherwise in host memory
     if they fit into half of that, otherwise every batch is read from the cache's mapped files. Int8
     tokens are held as such, with their scales; a batch of them becomes float32 on the device.
 
     Attributes:
+        name: of the array.
         held: "device", "memory" or "files".
         data: (n, ...) what is held, as it is stored; None for "files".
         scales: (n, ...) of int8 tokens, else None.
         num_views: V; 1 = no view axis.
     """
 
-    def __init__(self, array: FeatureArray, rows: IntArray, device: torch.device) -> None:
+    def __init__(
+        self,
+        array: FeatureArray,
+        rows: IntArray,
+        device: torch.device,
+        missing: Mask | None = None,
+    ) -> None:
         """Reads the rows once.
 
         Args:
-            array: (N, D), (N, L, D), or with a view axis behind N.
+            array: (N, D), (N, L, D), a mask (N, L), or with a view axis behind N.
             rows: (n,) row numbers.
             device: where batches go.
+            missing: (n,) rows that have no features, and are read as zeros; None = all have some.
 
         Raises:
             CacheError: if a row holds NaN or infinity.
         """
-        self.array, self.rows, self.device = array, rows, device
+        self.array, self.rows, self.device, self.name = array, rows, device, array.name
         self.num_views = array.num_views
+        self._missing = None
+        if missing is not None and missing.any():
+            self._missing = torch.from_numpy(missing)
         stored = [array.codes, array.scales] if isinstance(array, QuantizedArray) else [array]
         total = len(rows) * sum(part.row_bytes for part in stored)
         fits = total <= _free_memory(torch.device("cpu")) // 2
@@ -282,7 +210,10 @@ class FeatureTable:
         if fits:
             held = [torch.from_numpy(part.read(rows)) for part in stored]
             self.held = "memory"
-            self._require_finite(held[-1])  # a token of NaN has the scale NaN
+            if self._missing is not None:
+                for part in held:
+                    part[self._missing] = 0
+            self._require_finite(held[-1], rows)  # a token of NaN has the scale NaN
             if device.type != "cpu" and total <= _free_memory(device) // 2:
                 held = [part.to(device) for part in held]
             if device.type == held[0].device.type:
@@ -298,47 +229,54 @@ class FeatureTable:
         """Length of the last axis."""
         return self.array.shape[-1]
 
+    @property
+    def row_values(self) -> int:
+        """Numbers of one row in one view."""
+        return int(np.prod(self.array.shape[1:])) // self.num_views
+
     def batch(self, index: Tensor, views: Tensor | None = None) -> Tensor:
-        """(b, ...) float32 features on the device.
+        """(b, ...) float32 features (masks: bool) on the device.
 
         Args:
             index: (b,) int64 positions among the chosen rows, on the CPU or the device.
             views: (b,) int64 view of each row; None = the plain view 0.
         """
         if self.data is None:
-            read = torch.from_numpy(self.array.take(self.rows[index.cpu().numpy()]))
-            self._require_finite(read)
-            return self._one_view(read, views).to(self.device).float()
+            index = index.cpu()
+            rows = self.rows[index.numpy()]
+            read = torch.from_numpy(self.array.take(rows))
+            if self._missing is not None:
+                read[self._missing[index]] = 0
+            self._require_finite(read, rows)
+            return self._input(self._one_view(read, views))
         index = index.to(self.data.device)
-        part = self._one_view(self.data.index_select(0, index), views).to(self.device).float()
+        part = self._input(self._one_view(self.data.index_select(0, index), views))
         if self.scales is not None:
             scales = self._one_view(self.scales.index_select(0, index), views)
             part.mul_(scales.to(self.device)[..., None])
         return part
 
-    def _one_view(self, part: Tensor, views: Tensor | None) -> Tensor:
-        """The view of each row that `views` names, or the plain one."""
-        if self.num_views == 1:
-            return part
-        if views is None:
-            return part[:, 0]
-        own = torch.arange(len(part), device=part.device)
-        return part[own, views.to(part.device)]
-
     def slice(self, start: int, stop: int) -> Tensor:
         """(stop − start, ...) float32 plain features of consecutive rows."""
         if self.data is None or self.scales is not None:
             return self.batch(torch.arange(start, min(stop, len(self))))
-        return self._one_view(self.data[start:stop], None).to(self.device).float()
+        return self._input(self._one_view(self.data[start:stop], None))
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """(D,) float32 mean and standard deviation of each column, over rows (and tokens)."""
+        """(D,) float32 mean and standard deviation of each column, over rows (and tokens).
+
+        Rows that have no features do not count.
+        """
         total = torch.zeros(self.feature_dim, dtype=torch.float64, device=self.device)
         squares, count, shift = torch.zeros_like(total), 0, None
-        row_values = int(np.prod(self.array.shape[1:])) // self.num_views
-        step = max(1, min(_SCAN_ROWS, _SCAN_VALUES // row_values))
+        step = max(1, min(_SCAN_ROWS, _SCAN_VALUES // self.row_values))
         for start in range(0, len(self), step):
-            part = self.slice(start, start + step).flatten(0, -2)
+            part = self.slice(start, start + step)
+            if self._missing is not None:
+                part = part[~self._missing[start : start + step].to(part.device)]
+            if not len(part):
+                continue
+            part = part.flatten(0, -2)
             if shift is None:
                 shift = part.mean(0)  # near the mean, or squares would cancel
             part = part - shift
@@ -350,7 +288,23 @@ class FeatureTable:
         variance = (squares / count - mean.square()).clamp_(min=0)
         return (mean + shift).float(), variance.sqrt_().float()
 
-    def _require_finite(self, data: Tensor) -> None:
+    def _one_view(self, part: Tensor, views: Tensor | None) -> Tensor:
+        """The view of each row that `views` names, or the plain one."""
+        if self.num_views == 1:
+            return part
+        if views is None:
+            return part[:, 0]
+        own = torch.arange(len(part), device=part.device)
+        return part[own, views.to(part.device)]
+
+    def _input(self, part: Tensor) -> Tensor:
+        part = part.to(self.device)
+        return part if part.dtype == torch.bool else part.float()
+
+    def _require_finite(self, data: Tensor, rows: IntArray) -> None:
+        """Checks what was read of `rows`."""
+        if not data.is_floating_point():
+            return
         for start in range(0, len(data), _SCAN_ROWS):
             part = data[start : start + _SCAN_ROWS]
             # One reduction: a sum is finite exactly if no element is NaN or infinite (float32 holds
@@ -359,30 +313,11 @@ class FeatureTable:
                 continue
             good = torch.isfinite(part.flatten(1)).all(1)
             if not good.all():
-                row = int(self.rows[start + int((~good).nonzero()[0])])
-                if self.array.name.startswith("image/multimodal"):
-                    raise CacheError(
-                        f"{self.array.name}: row {row} of the cache has no caption, so the joint "
-                        "encoder has no features of it; caption all images (python -m "
-                        "featcache.caption) and extract again, or choose another head.feature"
-                    )
+                row = int(rows[start + int((~good).nonzero()[0])])
                 raise CacheError(
-                    f"{self.array.name}: row {row} of the cache is valid but holds NaN or "
+                    f"{self.name}: row {row} of the cache is valid but holds NaN or "
                     "infinity; extract again with --features.storage_dtype float32"
                 )
-
-
-def _wanted(counts: IntArray, fraction: float) -> IntArray:
-    share = np.rint(fraction * counts).astype(np.int64)
-    return np.where(counts > 1, np.clip(share, 1, np.maximum(counts - 1, 1)), 0)
-
-
-def _require_rows(part: Part, cache: Cache) -> None:
-    if not has_labels(part):
-        raise CacheError(
-            f"{cache.path}: split {part.name!r} has no valid labelled row; choose another split, "
-            "or extract again with labels"
-        )
 
 
 def _free_memory(device: torch.device) -> int:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import Backbone, FeatureRequest, PixelSpec
+from featcache.caption_means import unit_rows
 from featcache.errors import BackboneError, CacheMismatchError, ConfigError
 from featcache.identity import Identity, differences
 from featcache.images import Views
-from featcache.joined_cache import unit_rows
 from featcache.layout.quantize import as_stored
 from featcache.pipeline import BatchReader, ImageSource
 from featcache.row_block import RowBlock
@@ -60,7 +60,13 @@ def encode_files(
         BackboneError: if a backbone's weights cannot be opened.
         CacheMismatchError: if they are not those that the head was trained with.
     """
-    name = str(run.record["feature"]).removeprefix("image/")
+    (array, *more) = run.features
+    if more:
+        raise ConfigError(
+            f"images: the head in {run.path} reads {', '.join(run.features)}, which image files "
+            "alone do not give; extract a cache of them and give --cache"
+        )
+    name = array.removeprefix("image/")
     members = run.members
     encoders = [
         _encode(one, open_backbone(run, one, device), name, root, files, num_readers)

@@ -26,7 +26,8 @@ from featcache.shot_groups import BOUNDARIES, stated_groups
 from featcache.storage import CachePath, Where, place
 from heads import metrics
 from heads.base import Head
-from heads.data import FeatureTable, Part, feature_array, has_labels, labelled_part, require_labels
+from heads.data import FeatureTables, open_arrays
+from heads.parts import Part, has_labels, labelled_part, require_labels
 from heads.run_folder import (
     LoadedRun,
     RunError,
@@ -36,9 +37,6 @@ from heads.run_folder import (
     write_atomic,
     write_json,
 )
-
-BATCH_ELEMENTS = 2**25
-"""Scores held at a time, in elements (128 MiB of float32)."""
 
 
 class MetricsConfig(Config):
@@ -104,7 +102,7 @@ class Scores:
 @torch.inference_mode()
 def score_split(
     head: Head,
-    table: FeatureTable,
+    table: FeatureTables,
     part: Part,
     classes: pd.DataFrame,
     options: MetricsConfig,
@@ -125,7 +123,7 @@ def score_split(
     counts = classes["count"].to_numpy(np.int64)
     boundaries = options.shot_boundaries or BOUNDARIES
     groups = stated_groups(classes) if options.shot_boundaries is None else None
-    logits = (_finite(head(table.slice(*span)), span) for span in _spans(len(part), len(classes)))
+    logits = (_finite(head(*table.slice(*span)), span) for span in table.spans(len(classes)))
     if part.targets.ndim == 2:
         scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
         threshold = options.threshold if head.has_probabilities else None
@@ -173,7 +171,7 @@ class Validation:
 
 @torch.inference_mode()
 def score_candidates(
-    head: Head, table: FeatureTable, part: Part, with_loss: bool = False
+    head: Head, table: FeatureTables, part: Part, with_loss: bool = False
 ) -> Validation:
     """The main metric of each candidate and monitor of a head.
 
@@ -191,11 +189,11 @@ def score_candidates(
     watched: set[str] = set()
     losses: dict[str, float] = {}
     targets = torch.from_numpy(part.targets).to(table.device)
-    for start, stop in _spans(len(part), num_classes or 1024):
+    for start, stop in table.spans(num_classes or 1024):
         features = table.slice(start, stop)
-        monitors = dict(head.monitors(features))
+        monitors = dict(head.monitors(*features))
         watched |= monitors.keys()
-        for name, logits in itertools.chain(head.candidates(features), monitors.items()):
+        for name, logits in itertools.chain(head.candidates(*features), monitors.items()):
             _finite(logits, (start, stop))
             if with_loss and name not in watched:
                 loss = _summed_cross_entropy(logits, targets[start:stop])
@@ -260,11 +258,19 @@ def evaluate_run(
     """
     run.require_fits(cache)
     require_labels(cache)
-    part = labelled_part(cache, split)
+    arrays = open_arrays(cache, run.config)
+    part = labelled_part(cache, split, arrays.readable)
+    lost = part.without_caption
     if not has_labels(part):
-        raise RunError(f"{cache.path}: split {split!r} has no valid labelled row to evaluate on")
-    table = FeatureTable(feature_array(cache, run.config), part.rows, device)
-    return score_split(run.head.to(device), table, part, run.classes, options)
+        why = f"; {lost} have no caption, and the head reads nothing else" if lost else ""
+        raise RunError(
+            f"{cache.path}: split {split!r} has no valid labelled row to evaluate on{why}"
+        )
+    table = FeatureTables(arrays, part.rows, device)
+    scores = score_split(run.head.to(device), table, part, run.classes, options)
+    if lost:
+        scores.metrics["num_without_caption"] = lost
+    return scores
 
 
 def open_for(run: LoadedRun, path: Where | None, join: Sequence[Where]) -> Cache:
@@ -335,11 +341,6 @@ def run(config: EvaluateConfig) -> Scores:
     print(metrics_table(scores.metrics))
     print(f"per class: {table}")
     return scores
-
-
-def _spans(num_rows: int, num_classes: int) -> list[tuple[int, int]]:
-    step = max(1, min(65_536, BATCH_ELEMENTS // max(num_classes, 1)))
-    return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def _finite(logits: Tensor, span: tuple[int, int]) -> Tensor:

@@ -25,11 +25,12 @@ from heads.checkpoint import (
     restore_state,
     save_state,
 )
-from heads.data import FeatureTable, Part
+from heads.data import FeatureTables
 from heads.distributed import Group
 from heads.evaluate import score_candidates
 from heads.event_file import EventFile
 from heads.optim import OptimConfig
+from heads.parts import Part
 from heads.progress import ProgressLine, duration
 from heads.run_folder import RunError
 from heads.watch import EarlyStop, Plateau
@@ -45,9 +46,9 @@ _THREADS_PAY = 2**25
 class Material:
     """Features and targets of the rows that train and of those that decide."""
 
-    train: FeatureTable
+    train: FeatureTables
     train_part: Part
-    val: FeatureTable
+    val: FeatureTables
     val_part: Part
 
 
@@ -125,8 +126,7 @@ def fit(
         Plateau(optim.schedule),
     )
     optimizer, average, plateau = training.optimizer, training.average, training.plateau
-    targets = torch.from_numpy(material.train_part.targets)
-    targets = targets.to(device, torch.float32 if targets.ndim == 2 else torch.int64)
+    targets = material.train_part.target_tensor(device)
     if (folder / CHECKPOINT).is_file():
         restore_state(run_folder.read_tensors(folder / CHECKPOINT), training, fingerprint)
     history = training.history
@@ -156,7 +156,7 @@ def fit(
             for piece in own.tensor_split(min(optim.accumulate, len(own))):
                 features = table.batch(piece, None if views is None else views[piece])
                 with mixed:
-                    parts = compute((features,), targets[piece.to(device)], step / num_steps)
+                    parts = compute(features, targets[piece.to(device)], step / num_steps)
                 if len(piece) < divisor:  # its part of the mean over the whole batch
                     parts = {name: v * (len(piece) / divisor) for name, v in parts.items()}
                 scaler.scale(parts["loss"]).backward()

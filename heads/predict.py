@@ -28,13 +28,12 @@ from featcache.submission import (
     summary,
     write_submission,
 )
-from heads.data import FeatureTable, feature_array
+from heads.base import Features
+from heads.data import FeatureTables, open_arrays
 from heads.encoding import encode_files
 from heads.evaluate import open_known
 from heads.progress import ProgressLine
 from heads.run_folder import LoadedRun, RunError, Weights, load_run, write_atomic
-
-_ROW_BATCH = 8192
 
 
 class PredictConfig(Config):
@@ -181,21 +180,28 @@ def predict_cache(
     """
     run.require_fits(cache)
     device = next(iter(run.head.state_dict().values())).device
+    arrays = open_arrays(cache, run.config)
     valid = cache.valid[rows]
-    good = rows[valid]
-    table = FeatureTable(feature_array(cache, run.config), good, device)
-    logits = (table.slice(start, start + _ROW_BATCH) for start in range(0, len(good), _ROW_BATCH))
+    readable = valid if arrays.readable is None else valid & arrays.readable[rows]
+    good = rows[readable]
+    table = FeatureTables(arrays, good, device)
     frame = _frame(
         run,
         [cache.ids[row] for row in good],
         [cache.paths[row] for row in good],
-        _scores(run, logits),
+        _scores(run, (table.slice(*span) for span in table.spans(len(run.classes)))),
         top_k,
         threshold,
     )
     bad = [
-        Unreadable(cache.ids[row], cache.paths[row], "unreadable when the cache was extracted")
-        for row in rows[~valid]
+        Unreadable(
+            cache.ids[row],
+            cache.paths[row],
+            "no caption, and the head reads nothing else"
+            if cache.valid[row]
+            else "unreadable when the cache was extracted",
+        )
+        for row in rows[~readable]
     ]
     return frame, bad
 
@@ -232,7 +238,7 @@ def predict_images(
     bad: list[Unreadable] = []
     good: list[str] = []
 
-    def features() -> Iterator[Tensor]:
+    def features() -> Iterator[Features]:
         for batch in encode_files(run, root, files, device, num_readers):
             bad.extend(
                 Unreadable(files[row], files[row], reason)
@@ -240,7 +246,7 @@ def predict_images(
             )
             good.extend(files[row] for row in batch.rows)
             progress.show(f"{batch.stop:,} of {len(files):,} images")
-            yield batch.features
+            yield (batch.features,)
 
     # `good` fills up while the scores are drawn.
     frame = _frame(run, good, good, _scores(run, features()), top_k, threshold)
@@ -270,12 +276,12 @@ def find_images(path: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def _scores(run: LoadedRun, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+def _scores(run: LoadedRun, batches: Iterator[Features]) -> Iterator[Tensor]:
     """Probabilities of each batch, on the CPU."""
     for features in batches:
-        if not len(features):
+        if not len(features[0]):
             continue
-        logits = run.head(features)
+        logits = run.head(*features)
         if not torch.isfinite(logits).all():
             raise RunError(f"{run.path}: the head gives NaN or infinite scores; train it again")
         probabilities = logits.sigmoid() if run.task == "multi_label" else logits.softmax(1)

@@ -16,7 +16,7 @@ import importlib.metadata
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,12 @@ Weights = Literal["best", "last"]
 """Which epoch's trained tensors: the one that validated best, or the last."""
 WEIGHTS: dict[Weights, str] = {"best": "head.safetensors", "last": "head_last.safetensors"}
 """File of each."""
-_MEANING = {"multimodal": ("text_policy",), "tokens": ("tokens", "token_layer")}
-"""Fields of the kept features that decide what an array's numbers mean, by its name."""
+_MEANING = {
+    "text/": ("text_policy",),
+    "multimodal": ("text_policy",),
+    "tokens": ("tokens", "token_layer"),
+}
+"""Fields of the kept features that decide what an array's numbers mean, by a part of its name."""
 _REPORTED = ("torch", "numpy", "safetensors", "open_clip_torch", "featcache")
 
 
@@ -123,14 +127,18 @@ class LoadedRun:
                 f"trained on {len(trained)} ({', '.join(one.path for one in trained)}); give as "
                 "many in that order, the first with --cache, the others with --join"
             )
-        feature = str(self.record["feature"])
         for part, member in zip(cache.parts, trained, strict=True):
-            found, expected = (_meaning(one.identity, feature) for one in (part, member))
+            found, expected = (_meaning(one.identity, self.features) for one in (part, member))
             for field, have, want in differences(found, expected):
                 raise CacheMismatchError(
                     f"{part.path}: {field} differs: the cache holds {have!r}, the head in "
                     f"{self.path} was trained on {want!r}; extract with that, or train a new head"
                 )
+
+    @property
+    def features(self) -> dict[str, int]:
+        """The arrays that the head reads, by name in its order, with the length of a vector."""
+        return features_of(self.record)
 
     @property
     def members(self) -> list[Member]:
@@ -158,6 +166,18 @@ class LoadedRun:
                     f"head; {advice}"
                 )
         return f"class_hash differs: {cache.class_hash!r} in the cache; {advice}"
+
+
+def features_of(record: Mapping[str, Any], key: str = "features") -> dict[str, int]:
+    """The arrays that a `head.json` names, with the length of a vector.
+
+    Args:
+        record: its content.
+        key: "features", or "training_features" for those that only the loss read.
+    """
+    if "features" not in record:  # written when a head read one array
+        return {record["feature"]: record["feature_dim"]} if key == "features" else {}
+    return {one["array"]: one["width"] for one in record[key]}
 
 
 def members_of(record: Mapping[str, Any]) -> list[Member]:
@@ -202,15 +222,21 @@ def steps_since(trained: Sequence[Member], caches: Sequence[Cache]) -> list[tupl
     return found
 
 
-def _meaning(identity: Identity, feature: str) -> dict[str, Any]:
-    """The parts of an identity that decide what an array's numbers mean.
+def _meaning(identity: Identity, features: Iterable[str]) -> dict[str, Any]:
+    """The parts of an identity that decide what some arrays' numbers mean.
 
     Args:
         identity: of a cache.
-        feature: name of the array.
+        features: names of the arrays.
     """
     record = identity.record()
-    fields = [field for name in _MEANING if name in feature for field in _MEANING[name]]
+    fields = [
+        field
+        for feature in features
+        for name in _MEANING
+        if name in feature
+        for field in _MEANING[name]
+    ]
     kept = {field: record["features"][field] for field in fields}
     return {"backbone": record["backbone"], "preprocess": record["preprocess"], "features": kept}
 
@@ -310,18 +336,22 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _REPORTED}
 
 
-def describe_head(
-    cache: Cache, config: HeadConfig, feature: str, feature_dim: int
-) -> dict[str, Any]:
+def describe_head(cache: Cache, config: HeadConfig, spec: FeatureSpec) -> dict[str, Any]:
     """`head.json`: all that is needed to use the head when the cache is gone."""
     attributes = cache.attributes
+
+    def widths(names: Iterable[str]) -> list[dict[str, Any]]:
+        return [{"array": name, "width": spec.width(name)} for name in names]
+
     return {
         "format": FORMAT,
         "kind": config.kind,
         "config": config.record(),
         "task": cache.task,
-        "feature": feature,
-        "feature_dim": feature_dim,
+        "features": widths(config.arrays()),
+        "training_features": widths(config.training_arrays()),
+        "class_counts": spec.class_counts.tolist(),
+        "num_rows": spec.num_rows,
         "class_hash": cache.class_hash,
         "classes": {str(name): column.tolist() for name, column in cache.classes.items()},
         "templates": template_list(cache, config),
@@ -375,8 +405,11 @@ def load_run(
     prompts = None
     if config.wants_prompts():
         prompts = read_tensors(path / "prompts.safetensors").tensors["prompts"]
+    features = features_of(record)
     spec = FeatureSpec(
-        feature_dim=record["feature_dim"],
+        feature_dim=next(iter(features.values())),
+        feature_dims=features | features_of(record, "training_features"),
+        num_rows=record.get("num_rows", 0),
         num_classes=len(classes),
         task=record["task"],
         class_counts=np.asarray(record["class_counts"], np.int64),

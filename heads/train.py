@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from featcache.caption_means import unit_rows
 from featcache.class_text import class_text_features, open_cache_backbone
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
 from featcache.join import open_one_or_joined
-from featcache.joined_cache import JoinedCache, unit_rows
+from featcache.joined_cache import JoinedCache
 from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
@@ -27,14 +28,7 @@ from heads import event_file, run_folder
 from heads import optim as optimisation
 from heads.base import FeatureSpec, HeadConfig
 from heads.checkpoint import CHECKPOINT
-from heads.data import (
-    FeatureTable,
-    Parts,
-    choose_parts,
-    class_counts,
-    feature_array,
-    require_labels,
-)
+from heads.data import FeatureTables, HeadArrays, open_arrays
 from heads.evaluate import (
     MetricsConfig,
     main_metric,
@@ -47,6 +41,14 @@ from heads.losses.base import ClassStatistics, Loss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
+from heads.parts import (
+    Part,
+    Parts,
+    choose_parts,
+    class_counts,
+    cooccurrence,
+    require_labels,
+)
 from heads.progress import duration
 from heads.run_folder import WEIGHTS, RunError
 from heads.watch import EarlyStop
@@ -151,7 +153,9 @@ def run(config: TrainConfig) -> TrainReport:
         print(cache.describe())
     require_labels(cache)
     device = resolve_device(config.device)
-    config, parts, array = resolve(config, cache)
+    config, parts, arrays = resolve(config, cache)
+    if not config.quiet and (lost := without_caption(parts)):
+        print(f"left out, head {config.head.kind} reads nothing but captions: {lost}")
     folder = config.run
     assert folder is not None, "not resolved"
     with run_folder.exclusive(folder):
@@ -166,19 +170,17 @@ def run(config: TrainConfig) -> TrainReport:
         if not config.resume:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         started = time.perf_counter()
-        train = FeatureTable(array, parts.train.rows, device)
-        counts = class_counts(parts.train, cache.num_classes)
-        criterion = build_loss(config, cache.task, ClassStatistics(counts, len(parts.train)))
-        spec = feature_spec(cache, config.head, train, counts, criterion)
-        record = run_folder.describe_head(cache, config.head, array.name, train.feature_dim)
-        record["class_counts"] = spec.class_counts.tolist()
+        train = FeatureTables(arrays, parts.train.rows, device)
+        spec = feature_spec(cache, config, train, parts.train)
+        record = run_folder.describe_head(cache, config.head, spec)
         run_folder.write_json(folder / "head.json", record)
         run_folder.write_atomic(folder / "config.yaml", config.to_yaml().encode())
         if spec.prompts is not None:
             run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": spec.prompts})
         torch.manual_seed(config.seed)
         head = config.head.build(spec).to(device)
-        val = FeatureTable(array, parts.val.rows, device)
+        arrays = arrays.only(config.head.arrays())
+        val = FeatureTables(arrays, parts.val.rows, device)
         material = Material(train, parts.train, val, parts.val)
         if head.trainable:
             assert isinstance(config.optim.batch_size, int), "not resolved"
@@ -217,7 +219,7 @@ def run(config: TrainConfig) -> TrainReport:
             "val": score_split(final, val, parts.val, cache.classes, config.metrics).metrics,
         }
         if parts.test is not None:
-            test = FeatureTable(array, parts.test.rows, device)
+            test = FeatureTables(arrays, parts.test.rows, device)
             scores = score_split(final, test, parts.test, cache.classes, config.metrics)
             values["test"] = scores.metrics
             csv = scores.per_class.to_csv(index=False).encode()
@@ -242,8 +244,8 @@ def run(config: TrainConfig) -> TrainReport:
     return report
 
 
-def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]:
-    """The configuration with every unset field filled in, the rows it means, and the head's array.
+def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, HeadArrays]:
+    """The configuration with every unset field filled in, the rows it means, and the head's arrays.
 
     Raises:
         ConfigError: options that contradict each other or the cache.
@@ -251,7 +253,7 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]
     """
     head = config.head.prepared(run_folder.load_run)
     head = head.with_optim(config.optim.lr, config.optim.weight_decay)
-    array = feature_array(cache, head)
+    arrays = open_arrays(cache, head, training=True)
     parts = choose_parts(
         cache,
         train_split=config.train_split,
@@ -260,6 +262,7 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]
         test_split=config.test_split,
         select_on=config.select_on,
         seed=config.seed,
+        readable=arrays.only(head.arrays()).readable,
     )
     optim = optimisation.resolve(config.optim, head.optim_defaults, len(parts.train))
     config = config.model_copy(update={"head": head, "optim": optim})
@@ -268,7 +271,7 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Any]
         digest = fingerprint(kept | {"cache": cache.fingerprint})[:6]
         folder = Path("runs") / f"{cache.path.name}-{head.kind}-{digest}"
         config = config.model_copy(update={"run": folder})
-    return config, parts, array
+    return config, parts, arrays
 
 
 def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> Loss | None:
@@ -299,37 +302,58 @@ def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> L
 
 
 def feature_spec(
-    cache: Cache,
-    head: HeadConfig,
-    table: FeatureTable,
-    counts: np.ndarray[Any, Any],
-    criterion: Loss | None,
+    cache: Cache, config: TrainConfig, table: FeatureTables, part: Part
 ) -> FeatureSpec:
-    """What a head is told about the cache: sizes, classes, statistics, class text features."""
+    """What a head is told about the cache: sizes, classes, statistics, class text features.
+
+    Args:
+        cache: trained on.
+        config: resolved.
+        table: features of the training rows.
+        part: the training rows.
+    """
+    head, num_classes = config.head, cache.num_classes
+    counts = class_counts(part, num_classes)
     prompts, templates = None, run_folder.template_list(cache, head)
     if head.wants_prompts():
         device = table.device.type
         features = [
-            class_text_features(part, templates, partial(open_cache_backbone, part, device))
-            for part in cache.parts
+            class_text_features(one, templates, partial(open_cache_backbone, one, device))
+            for one in cache.parts
         ]
         if len(features) > 1:  # as the image features of joined caches
-            features = [unit_rows(part) for part in features]
+            features = [unit_rows(one) for one in features]
         prompts = torch.from_numpy(np.concatenate(features, axis=-1))
     mean, std = table.statistics() if head.wants_statistics() else (None, None)
+    dims = table.feature_dims
     return FeatureSpec(
-        feature_dim=table.feature_dim,
-        num_classes=cache.num_classes,
+        feature_dim=dims[head.arrays()[0]],
+        num_classes=num_classes,
         task=cache.task,
         class_counts=counts,
-        num_rows=len(table),
         classes=cache.classes,
         prompts=prompts,
         logit_scale=float(cache.attributes["logit_scale"]),
         mean=None if mean is None else mean.cpu(),
         std=None if std is None else std.cpu(),
         templates=templates,
-        criterion=criterion,
+        feature_dims=dims,
+        num_rows=len(part),
+        criterion=build_loss(config, cache.task, ClassStatistics(counts, len(part))),
+        cooccurrence=cooccurrence(part, num_classes) if head.wants_cooccurrence() else None,
+        support=lambda: (table.slice(0, len(table)), part.target_tensor(table.device)),
+    )
+
+
+def without_caption(parts: Parts) -> str:
+    """How many rows of each part have no caption and were left out for it; "" = none."""
+    lost = {
+        part.name: part.without_caption for part in (parts.train, parts.val, parts.test) if part
+    }
+    return ", ".join(
+        f"{count:,} row{'s' * (count > 1)} of {name} without a caption"
+        for name, count in lost.items()
+        if count
     )
 
 

@@ -209,6 +209,34 @@ class FeatureArray:
         return out
 
 
+class ComputedArray(FeatureArray):
+    """Rows that are made from other arrays when they are read; members write `take`.
+
+    Attributes:
+        view, blocks: None; what lies in the files is not what is read.
+    """
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row as it is read, all its views."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def read(
+        self,
+        rows: slice | Rows | None = None,
+        out: npt.NDArray[Any] | None = None,
+        view: int | None = None,
+    ) -> npt.NDArray[Any]:
+        """A copy of rows; see `FeatureArray.read`."""
+        if view is not None and not 0 <= view < self.num_views:
+            raise IndexError(f"{self.name}: view {view} of {self.num_views}")
+        if rows is None:
+            rows = slice(None)
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)), dtype=np.int64)
+        return self.take(rows, out, view)
+
+
 def checked_rows(rows: Rows, length: int, name: str) -> Rows:
     """Row numbers as int64, all of them inside an array of that length.
 

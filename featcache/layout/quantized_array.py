@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.batches import Rows
-from featcache.layout.feature_array import FeatureArray, checked_rows
+from featcache.layout.feature_array import ComputedArray, FeatureArray, checked_rows
 from featcache.layout.quantize import SCALE, dequantize
 from featcache.store import Store
 
@@ -14,7 +14,7 @@ _BLOCK_BYTES = 32 << 20
 """Float32 rows that are made from codes at a time."""
 
 
-class QuantizedArray(FeatureArray):
+class QuantizedArray(ComputedArray):
     """One int8 array of a cache; reads give float32, as every user of features wants it.
 
     Attributes:
@@ -47,24 +47,6 @@ class QuantizedArray(FeatureArray):
     def chunk_rows(self) -> int:
         """Rows of a chunk file of the codes."""
         return self.codes.chunk_rows
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row as it is read, all its views."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    def read(
-        self,
-        rows: slice | Rows | None = None,
-        out: npt.NDArray[Any] | None = None,
-        view: int | None = None,
-    ) -> npt.NDArray[Any]:
-        """A float32 copy of rows; see `FeatureArray.read`."""
-        if rows is None:
-            rows = slice(None)
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)), dtype=np.int64)
-        return self.take(rows, out, view)
 
     def take(
         self, rows: Rows, out: npt.NDArray[Any] | None = None, view: int | None = None

@@ -32,9 +32,24 @@ def write_cache(
     array: str = "image/projected",
     num_views: int = 1,
     attributes: Mapping[str, Any] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+    **identity_of_features: Any,
 ) -> Path:
-    """A complete cache; rows have to come in split order."""
+    """A complete cache; rows have to come in split order.
+
+    Args:
+        path: where.
+        features: of the one array called `array`; `more` are further ones by name, stored as they
+            are (those called `text/...` with a row a caption).
+        labels, splits, classes, task, captions: of the rows.
+        invalid: rows without image features.
+        weights: which backbone.
+        array, num_views, attributes, more, identity_of_features: what the cache says and holds.
+    """
     num_rows = len(features)
+    stored = {array: features.copy()} | {name: one.copy() for name, one in (more or {}).items()}
+    num_captions = sum(map(len, captions or ()))
     manifest = Manifest.build(
         kind="table",
         root=path.parent / "images",
@@ -44,6 +59,7 @@ def write_cache(
         labels=[list(row) for row in labels],
         classes=classes,
         task=task,
+        captions=None if captions is None else [list(row) for row in captions],
     )
     assert manifest.splits == list(splits), "rows are not in split order"
     identity = sample_identity(
@@ -51,12 +67,18 @@ def write_cache(
         BackboneIdentity(kind="toy", name="toy", weights=weights, architecture="a"),
         storage_dtype="float16" if features.dtype == np.float16 else "float32",
         num_views=num_views,
+        **identity_of_features,
     )
+    shards = [Shard("image", 0, 0, num_rows)]
+    if any(name.startswith("text/") for name in stored):
+        shards.append(Shard("text", 0, 0, num_captions))
     plan = CachePlan(
         identity=identity,
         manifest=manifest,
-        arrays=(ArrayPlan(array, features.shape, str(features.dtype), num_rows),),
-        shards=(Shard("image", 0, 0, num_rows),),
+        arrays=tuple(
+            ArrayPlan(name, one.shape, str(one.dtype), len(one)) for name, one in stored.items()
+        ),
+        shards=tuple(shards),
         attributes={
             "backbone": {"kind": "toy"},
             "dataset": {"kind": "table"},
@@ -67,9 +89,10 @@ def write_cache(
     store = create(path, plan)
     valid = np.ones(num_rows, bool)
     valid[list(invalid)] = False
-    stored = features.copy()
-    stored[~valid] = np.nan
-    store.write_chunks(array, 0, stored)
+    for name, one in stored.items():
+        if name.startswith("image/"):
+            one[~valid] = False if one.dtype == bool else np.nan
+        store.write_chunks(name, 0, one)
     store.write_chunks("rows/valid", 0, valid)
     store.write_chunks("rows/content", 0, np.arange(num_rows, dtype=np.uint64))
     store.write_chunks("rows/stamp", 0, np.zeros(num_rows, np.uint64))
@@ -78,7 +101,8 @@ def write_cache(
         for row in sorted(invalid)
     ]
     report = ShardReport(rows=num_rows, invalid=unreadable, seconds=0.1, per_second={})
-    store.mark_done(Shard("image", 0, 0, num_rows), report.record())
+    for shard in shards:
+        store.mark_done(shard, report.record())
     store.finish({})
     return path
 

@@ -62,7 +62,7 @@ def test_a_head_sees_what_either_backbone_sees(halves: tuple[Path, Path], tmp_pa
     assert max(alone) < 0.7
     assert joined.score > 0.95
     loaded = load_run(joined.run)
-    assert loaded.record["feature_dim"] == 24
+    assert loaded.features == {"image/projected": 24}
     assert [member.alias for member in loaded.members] == ["one", "two"]
     assert [member.path for member in loaded.members] == [str(one), str(two)]
     again = train.run(config(one, (two,), tmp_path / "both"))

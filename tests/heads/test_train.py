@@ -23,6 +23,7 @@ from heads import data, fitting, run_folder, train
 from heads.evaluate import Validation
 from heads.models.linear import Linear, LinearConfig
 from heads.optim import OptimConfig, ScheduleConfig
+from heads.parts import Parts, carve, choose_parts, labelled_part
 from heads.run_folder import RunError, load_run
 from heads.train import TrainConfig
 
@@ -69,7 +70,7 @@ def test_a_linear_head_learns_and_leaves_a_whole_run_folder(make_single: CacheMa
     assert loaded.class_names == [f"c{i}" for i in range(5)]
     assert loaded.config.lrs == (float(report.metrics["candidate"].split()[1].strip(",")),)
     opened = open_cache(cache)
-    part = data.labelled_part(opened, "test")
+    part = labelled_part(opened, "test")
     features = torch.from_numpy(opened.array("image/projected").read(part.rows)).float()
     top1 = (loaded.head(features).argmax(1).numpy() == part.targets).mean()
     assert top1 == pytest.approx(report.metrics["test"]["top1"])
@@ -293,7 +294,7 @@ def test_a_cache_without_labels_is_refused(make_cache: CacheMaker) -> None:
 
 
 class TestSplits:
-    def choose(self, cache: Path, **options: Any) -> data.Parts:
+    def choose(self, cache: Path, **options: Any) -> Parts:
         values = {
             "train_split": "train",
             "val_split": None,
@@ -302,7 +303,7 @@ class TestSplits:
             "select_on": "val",
             "seed": 0,
         }
-        return data.choose_parts(open_cache(cache), **(values | options))
+        return choose_parts(open_cache(cache), **(values | options))
 
     def test_validation_is_carved_out_of_train_and_never_is_the_test_split(
         self, make_single: CacheMaker
@@ -348,7 +349,7 @@ class TestSplits:
         chances = np.asarray([0.5, 0.3, 0.1, 0.02, 0.01, 0.004])
         targets = (rng.uniform(size=(1000, 6)) < chances).astype(np.uint8)
         targets[:2, 5] = 1
-        mask = data.carve(targets, 6, 0.1, 0)
+        mask = carve(targets, 6, 0.1, 0)
         assert 0.05 < mask.mean() < 0.2
         for c in range(6):
             positives = targets[:, c] > 0
@@ -357,7 +358,7 @@ class TestSplits:
 
     def test_a_class_with_one_row_stays_in_training(self) -> None:
         targets = np.asarray([0] * 10 + [1] * 2 + [2])
-        mask = data.carve(targets, 3, 0.5, 0)
+        mask = carve(targets, 3, 0.5, 0)
         assert [int(mask[targets == c].sum()) for c in range(3)] == [5, 1, 0]
 
 

@@ -58,6 +58,12 @@ class GardenConfig(DatasetConfig):
     even), or chances of the labels; unset = 1 for single_label, 100 for multi_label."""
     num_captions: int = Field(default=2, ge=0, le=5)
     """Captions an image, 0..5."""
+    covered: float = Field(default=0.0, ge=0, le=1)
+    """Share of the images, drawn by lot, in which leaves right in front hide everything, 0..1;
+    captions and labels are those of what is behind."""
+    vague: float = Field(default=0.0, ge=0, le=1)
+    """Share of the images, drawn by lot, whose captions name nothing that is in them, 0..1. With
+    `covered`, neither pictures nor captions are enough alone."""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes `val`, 0 up to but not 1."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
@@ -85,7 +91,9 @@ class GardenConfig(DatasetConfig):
             DatasetError: if there are fewer training images than species.
         """
         options = self._options()
-        folder = self.root / f"{self.domain}-{self.task}-{fingerprint(options)[:10]}"
+        # Options that came later name a folder only where they change something.
+        named = {k: v for k, v in options.items() if v or k not in ("covered", "vague")}
+        folder = self.root / f"{self.domain}-{self.task}-{fingerprint(named)[:10]}"
         if not (folder / "rows.parquet").is_file():
             _draw(folder, options, *self._plan(), self.num_workers or os.cpu_count() or 1)
         rows = pq.read_table(folder / "rows.parquet", schema=ROW_SCHEMA)

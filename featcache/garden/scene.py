@@ -55,6 +55,7 @@ MODES: dict[str, tuple[str, str]] = {
 """The two appearances of every species, by order."""
 
 _NIGHT_ABSENT = ("sun", "rainbow")
+_VAGUE = ("a garden", "somewhere in the garden", "a corner of our garden", "something in a garden")
 _PHOTO_WORDS = ("a photo of", "a picture of", "a close-up of", "a small photo of", "")
 
 
@@ -89,7 +90,8 @@ class Scene:
         subjects: the last one is in front.
         distant: other species, small and out of focus; not in labels or captions.
         background: row of `BACKGROUNDS`.
-        objects: rows of `OBJECTS` that are visible.
+        objects: rows of `OBJECTS` that are there.
+        covered: whether leaves in front hide all of it.
         domain: meadow or night.
         captions: sentences about it.
         labels: class indices.
@@ -99,6 +101,7 @@ class Scene:
     distant: tuple[Subject, ...]
     background: int
     objects: tuple[int, ...]
+    covered: bool
     domain: Domain
     captions: tuple[str, ...]
     labels: tuple[int, ...]
@@ -114,6 +117,8 @@ class Garden:
         domain: meadow or night.
         imbalance: most frequent over rarest class of a multi-label garden.
         num_captions: captions an image.
+        covered: share of the images that leaves in front hide.
+        vague: share of the images whose captions name nothing in them.
         seed: seed of all images.
     """
 
@@ -122,6 +127,8 @@ class Garden:
     domain: Domain
     imbalance: float
     num_captions: int
+    covered: float
+    vague: float
     seed: int
 
     def scene(self, index: int, species: int) -> tuple[Scene, np.random.Generator]:
@@ -150,8 +157,22 @@ class Garden:
             _caption(subjects, background, objects, self.domain, rng)
             for _ in range(self.num_captions)
         )
+        # Lots of their own: pictures and captions that they miss are those of the plain garden.
+        lots = np.random.default_rng([self.seed, index, 1])
+        covered, vague = (bool(lots.random() < share) for share in (self.covered, self.vague))
+        if vague:
+            captions = tuple(
+                f"{_pick(_PHOTO_WORDS[:-1], lots)} {_pick(_VAGUE, lots)}" for _ in captions
+            )
         scene = Scene(
-            subjects, distant, background, objects, self.domain, captions, tuple(sorted(labels))
+            subjects=subjects,
+            distant=distant,
+            background=background,
+            objects=objects,
+            covered=covered,
+            domain=self.domain,
+            captions=captions,
+            labels=tuple(sorted(labels)),
         )
         return scene, rng
 

@@ -189,6 +189,17 @@ def draw_blades(draw: ImageDraw.ImageDraw, size: int, dim: float, rng: np.random
         )  # fmt: skip
 
 
+def draw_leaves(draw: ImageDraw.ImageDraw, size: int, dim: float, rng: np.random.Generator) -> None:
+    """Leaves right in front of the camera: they hide the whole picture."""
+    draw.rectangle((0, 0, size, size), fill=shift(GREEN, 0.5 * dim))
+    across = 6
+    for cell in rng.permutation(across * across).tolist():
+        place = complex(cell % across, cell // across) + complex(*rng.random(2).tolist())
+        turn, tone = (rng.random(2) * (2 * math.pi, 0.8)).tolist()
+        pen = Pen(draw, place * size / across, size * 0.3, turn)
+        pen.fill(PROFILES["round"] - 0.5, shift(GREEN, (0.6 + tone) * dim))
+
+
 def _stone(pen: Pen, rng: np.random.Generator) -> None:
     for at, radius, tone in ((-0.9 + 0.2j, 0.8, 0.8), (0.8 + 0.3j, 0.7, 0.95), (0j, 1.0, 1.1)):
         wobble = 1 + 0.12 * rng.normal(size=len(CIRCLE))

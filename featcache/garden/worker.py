@@ -15,7 +15,13 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from featcache.garden.art import draw_subject
 from featcache.garden.scene import OBJECTS, Garden
-from featcache.garden.setting import draw_background, draw_blades, draw_objects, light
+from featcache.garden.setting import (
+    draw_background,
+    draw_blades,
+    draw_leaves,
+    draw_objects,
+    light,
+)
 from featcache.garden.species import make_species
 
 ART = 1
@@ -49,7 +55,10 @@ def draw_image(garden: Garden, index: int, species: int, size: int) -> Image.Ima
     for subject in scene.subjects:
         draw_subject(draw, subject, side, rng)
     draw_objects(draw, objects, side, rng)
-    draw_blades(draw, side, 0.4 if scene.domain == "night" else 1.0, rng)
+    dim = 0.4 if scene.domain == "night" else 1.0
+    draw_blades(draw, side, dim, rng)
+    if scene.covered:
+        draw_leaves(draw, side, dim, rng)
     image = canvas.reduce(SUPERSAMPLE)
     if scene.domain == "night":
         image = image.filter(ImageFilter.GaussianBlur(size / 80))
@@ -64,6 +73,8 @@ def make_garden(options: dict[str, Any]) -> Garden:
         domain=options["domain"],
         imbalance=options["imbalance"],
         num_captions=options["num_captions"],
+        covered=options["covered"],
+        vague=options["vague"],
         seed=options["seed"],
     )
 

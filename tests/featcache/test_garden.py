@@ -15,7 +15,7 @@ from featcache.datasets import garden as garden_module
 from featcache.datasets.garden import GardenConfig
 from featcache.errors import DatasetError
 from featcache.garden.scene import OBJECTS
-from featcache.garden.species import MAX_SPECIES, make_species
+from featcache.garden.species import FAMILIES, MAX_SPECIES, make_species
 from featcache.garden.worker import draw_image, make_garden
 from featcache.manifest import Manifest
 from featcache.pictures import contact_sheet
@@ -96,6 +96,42 @@ def test_another_run_reuses_and_other_options_get_another_folder(tmp_path: Path)
     assert not list(tmp_path.glob(".*"))
 
 
+def test_covered_pictures_and_vague_captions_leave_all_others_as_they_were(tmp_path: Path) -> None:
+    plain = tiny(tmp_path, num_captions=2).open()
+    manifest = tiny(tmp_path, num_captions=2, covered=0.4, vague=0.5).open()
+    assert manifest.rows.column("labels").equals(plain.rows.column("labels"))
+    assert manifest.paths[0] != plain.paths[0]
+    same = [one == other for one, other in zip(*map(file_bytes, (plain, manifest)), strict=True)]
+    told = manifest.rows.column("captions").to_pylist()
+    before = plain.rows.column("captions").to_pylist()
+    usual = [one == other for one, other in zip(before, told, strict=True)]
+    assert 0.4 < np.mean(same) < 0.8
+    assert 0.3 < np.mean(usual) < 0.7
+    assert len(set(zip(same, usual, strict=True))) == 4, "lots of their own"
+    nouns = {noun for _, noun, _ in FAMILIES} | {name for name, _, _ in OBJECTS}
+    for captions in (one for one, kept in zip(told, usual, strict=True) if not kept):
+        assert len(captions) == 2
+        assert not any(noun in caption for noun in nouns for caption in captions)
+
+
+def test_a_covered_picture_shows_nothing_but_leaves(tmp_path: Path) -> None:
+    manifest = tiny(tmp_path, covered=1.0, image_size=32).open()
+    pixels = np.stack([np.asarray(Image.open(manifest.root / one)) for one in manifest.paths])
+    means = pixels.reshape(len(pixels), -1, 3).mean(1)
+    assert (means[:, 1] > means[:, 0]).all(), "green everywhere"
+    assert (means[:, 1] > means[:, 2]).all()
+    centred = pixels - pixels.mean((1, 2), keepdims=True)
+    labels = np.asarray([row["labels"][0] for row in manifest.rows.to_pylist()])
+    between = np.stack([centred[labels == c].mean(0) for c in np.unique(labels)])
+    size = np.bincount(labels).min()
+    assert between.std() < 1.5 * centred.std() / size**0.5, "classes differ by chance alone"
+
+
+def test_options_that_change_nothing_leave_a_garden_where_it_is(tmp_path: Path) -> None:
+    """Caches made before there were such options go on fitting."""
+    assert tiny(tmp_path).open().paths[0].startswith("meadow-single_label-2907c99c7c/")
+
+
 def test_a_failed_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garden_module, "_ALONE", 0)
     monkeypatch.setattr(garden_module, "image_path", lambda index: f"elsewhere/{index}.jpg")
@@ -109,7 +145,7 @@ def test_every_row_of_options_draws(tmp_path: Path) -> None:
     species = make_species(48)
     garden = make_garden(
         {"num_species": 48, "task": "single_label", "domain": "meadow", "imbalance": 1.0,
-         "num_captions": 1, "seed": 0}
+         "num_captions": 1, "covered": 0.0, "vague": 0.0, "seed": 0}
     )  # fmt: skip
     for one in species[::3]:
         by_mode = {}

@@ -271,7 +271,7 @@ class HeadConfig(Config):
         The result is what the run folder records, so that it never needs the others again.
 
         Args:
-            open_run: reads a finished run folder.
+            open_run: reads a finished run folder, of a head that fits the cache to train on.
         """
         return self
 

@@ -227,6 +227,13 @@ def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def score_monitors(head: Head, table: FeatureTables, part: Part) -> dict[str, float]:
+    """The main metric of each monitor of a head; see `score_candidates`."""
+    if type(head).monitors is Head.monitors:  # spares a pass over the rows
+        return {}
+    return score_candidates(head, table, part).monitors
+
+
 def main_metric(task: str) -> str:
     """Name of the metric that decides."""
     return "map" if task == "multi_label" else "top1"

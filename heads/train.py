@@ -33,6 +33,7 @@ from heads.evaluate import (
     MetricsConfig,
     main_metric,
     metrics_table,
+    score_monitors,
     score_split,
 )
 from heads.fitting import Material, enough_threads, fit, memory_advice, untrained
@@ -218,12 +219,16 @@ def run(config: TrainConfig) -> TrainReport:
             "val_rows_from": parts.val.name,
             "val": score_split(final, val, parts.val, cache.classes, config.metrics).metrics,
         }
+        monitors = {"val": score_monitors(final, val, parts.val)}
         if parts.test is not None:
             test = FeatureTables(arrays, parts.test.rows, device)
             scores = score_split(final, test, parts.test, cache.classes, config.metrics)
             values["test"] = scores.metrics
+            monitors["test"] = score_monitors(final, test, parts.test)
             csv = scores.per_class.to_csv(index=False).encode()
             run_folder.write_atomic(folder / f"classes_{parts.test.name}.csv", csv)
+        if monitors["val"]:
+            values["monitors"] = monitors
         values |= {
             "num_train_rows": len(parts.train),
             "num_parameters": sum(t.numel() for t in best.state.values()),
@@ -251,7 +256,13 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Head
         ConfigError: options that contradict each other or the cache.
         CacheError: rows or an array are missing.
     """
-    head = config.head.prepared(run_folder.load_run)
+
+    def open_run(path: Path) -> run_folder.LoadedRun:
+        run = run_folder.load_run(path)
+        run.require_fits(cache)
+        return run
+
+    head = config.head.prepared(open_run)
     head = head.with_optim(config.optim.lr, config.optim.weight_decay)
     arrays = open_arrays(cache, head, training=True)
     parts = choose_parts(
@@ -371,6 +382,10 @@ def summary(report: TrainReport) -> str:
         if part in values:
             source = values["val_rows_from"] if part == "val" else part
             lines += [f"{source}:", metrics_table(values[part])]
+            lines += [
+                f"  {values['metric']} of {name} alone: {value:.2%}"
+                for name, value in values.get("monitors", {}).get(part, {}).items()
+            ]
     return "\n".join([*lines, f"run folder: {report.run}"])
 
 

@@ -40,6 +40,26 @@ MEMBERS = {
 }
 
 
+TRAINED = {
+    "run": "x",
+    "kind": "naive",
+    "options": {},
+    "arrays": {"image/projected": DIM},
+    "logit_scale": 100.0,
+    "weights": "w",
+}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "heads/boost": {"member": TRAINED, "feature": "text"},
+    "heads/average": {
+        "runs": ["x", "y"],
+        "members": [TRAINED, {**TRAINED, "arrays": {"image/pooled": DIM}}],
+        "weigh": "validation",
+        "weight_steps": 2,
+    },
+}
+"""Options without which a member cannot be built: what other run folders would state."""
+
+
 def member_of(name: str, **options: Any) -> Config:
     """A member with its defaults; required paths and names get a made-up value."""
     cls = MEMBERS[name]
@@ -48,7 +68,7 @@ def member_of(name: str, **options: Any) -> Config:
         for key, field in cls.model_fields.items()
         if field.is_required()
     }
-    return cls.model_validate({**required, **options})
+    return cls.model_validate({**required, **EXAMPLES.get(name, {}), **options})
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -175,7 +175,7 @@ class TwoStep(Router):
         return done / math.floor(done / before_last_step + 1e-9)
 
     def _own_loss(self, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """The loss of one classifier over the rows that have its modality; 0 without any."""
+        """The loss of one classifier; rows without its modality count as 0 in the mean."""
         assert self.criterion is not None, "built without a loss"
         by_row = self.criterion.terms(logits, targets).reshape(len(logits), -1).mean(1)
-        return torch.where(rows, by_row, 0.0).sum() / rows.sum().clamp(min=1)
+        return torch.where(rows, by_row, 0.0).mean()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import Backbone
-from featcache.errors import CacheError, CacheMismatchError, StorageDeniedError
+from featcache.backbones.prompt_tower import PromptTower
+from featcache.errors import CacheError, CacheMismatchError, ConfigError, StorageDeniedError
 from featcache.identity import Precision, differences, fingerprint
 from featcache.prompts import format_prompts
 from featcache.reader import Cache
@@ -125,6 +126,22 @@ def open_cache_backbone(
     backbone = config.open(device, precision or cache.identity.precision)
     require_backbone(cache, backbone)
     return backbone
+
+
+def open_prompt_tower(cache: Cache, device: str = "cpu") -> PromptTower:
+    """The text tower of the encoder that wrote a cache, in float32, to learn prompts in.
+
+    Raises:
+        ConfigError: if several caches are joined: each has a tower of its own.
+        BackboneError: if the tower takes no token embeddings, or its weights are not there.
+        CacheMismatchError: if other weights lie there now.
+    """
+    if len(cache.parts) > 1:
+        raise ConfigError(
+            f"{cache.path}: prompts are learned in one text tower, a join of {len(cache.parts)} "
+            "caches has as many; train on one cache, or take head lmpt"
+        )
+    return open_cache_backbone(cache.parts[0], device, "fp32").prompt_tower()
 
 
 def require_backbone(cache: Cache, backbone: Backbone) -> None:

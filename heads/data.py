@@ -1,7 +1,7 @@
 """Features of a cache as heads read them: no loaders, only tables that are cut by index arrays."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featcache.backbones.prompt_tower import PromptTower
+from featcache.caption_tokens import CAPTION_TOKENS, CaptionTokens
 from featcache.errors import CacheError
 from featcache.joined_cache import VECTORS, JoinedCache
 from featcache.layout.quantized_array import QuantizedArray
@@ -65,25 +67,42 @@ class HeadArrays:
         return HeadArrays({name: self.arrays[name] for name in names}, self.captioned)
 
 
-def open_arrays(cache: Cache, head: HeadConfig, training: bool = False) -> HeadArrays:
+def open_arrays(
+    cache: Cache,
+    head: HeadConfig,
+    training: bool = False,
+    tower: Callable[[], PromptTower] | None = None,
+) -> HeadArrays:
     """The arrays that a head reads.
 
     Args:
         cache: where they are.
         head: which ones.
         training: also those that only its loss reads.
+        tower: opens the text tower of the cache's backbone, for captions as tokens; None = heads
+            that read those are refused.
 
     Raises:
         CacheError: if the cache was extracted without one of them; the message says which option
             of the extraction makes it.
     """
     names = [*head.arrays(), *(head.training_arrays() if training else ())]
-    arrays = {name: _open(cache, head, name) for name in names}
+    arrays = {name: _open(cache, head, name, tower) for name in names}
     needed = any(map(reads_captions, names))
     return HeadArrays(arrays, cache.caption_counts > 0 if needed else None)
 
 
-def _open(cache: Cache, head: HeadConfig, name: str) -> FeatureArray:
+def _open(
+    cache: Cache, head: HeadConfig, name: str, tower: Callable[[], PromptTower] | None
+) -> FeatureArray:
+    if name == CAPTION_TOKENS:
+        if not cache.caption_counts.any():
+            raise CacheError(
+                f"{cache.path}: head {head.kind} reads captions, the cache holds none; extract a "
+                "dataset with captions, or set head.classification_weight 1"
+            )
+        assert tower is not None, "nothing to tokenise captions with"
+        return CaptionTokens(cache, tower())
     lacking = [one for one in cache.parts if not one.has(name)]
     if not lacking and name == TEXT:
         return cache.caption_means()
@@ -235,7 +254,7 @@ class FeatureTable:
         return int(np.prod(self.array.shape[1:])) // self.num_views
 
     def batch(self, index: Tensor, views: Tensor | None = None) -> Tensor:
-        """(b, ...) float32 features (masks: bool) on the device.
+        """(b, ...) float32 features (masks: bool, token ids: int32) on the device.
 
         Args:
             index: (b,) int64 positions among the chosen rows, on the CPU or the device.
@@ -299,7 +318,7 @@ class FeatureTable:
 
     def _input(self, part: Tensor) -> Tensor:
         part = part.to(self.device)
-        return part if part.dtype == torch.bool else part.float()
+        return part if part.dtype in (torch.bool, torch.int32) else part.float()
 
     def _require_finite(self, data: Tensor, rows: IntArray) -> None:
         """Checks what was read of `rows`."""

@@ -3,8 +3,10 @@
 python -m heads.train --cache cache/inat2021
 """
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,9 @@ import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from featcache.backbones.prompt_tower import PromptTower
 from featcache.caption_means import unit_rows
-from featcache.class_text import class_text_features, open_cache_backbone
+from featcache.class_text import class_text_features, open_cache_backbone, open_prompt_tower
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
@@ -154,7 +157,8 @@ def run(config: TrainConfig) -> TrainReport:
         print(cache.describe())
     require_labels(cache)
     device = resolve_device(config.device)
-    config, parts, arrays = resolve(config, cache)
+    tower = functools.cache(partial(open_prompt_tower, cache, str(device)))
+    config, parts, arrays = resolve(config, cache, tower)
     if not config.quiet and (lost := without_caption(parts)):
         print(f"left out, head {config.head.kind} reads nothing but captions: {lost}")
     folder = config.run
@@ -172,7 +176,7 @@ def run(config: TrainConfig) -> TrainReport:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         started = time.perf_counter()
         train = FeatureTables(arrays, parts.train.rows, device)
-        spec = feature_spec(cache, config, train, parts.train)
+        spec = feature_spec(cache, config, train, parts.train, tower)
         record = run_folder.describe_head(cache, config.head, spec)
         run_folder.write_json(folder / "head.json", record)
         run_folder.write_atomic(folder / "config.yaml", config.to_yaml().encode())
@@ -249,8 +253,15 @@ def run(config: TrainConfig) -> TrainReport:
     return report
 
 
-def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, HeadArrays]:
+def resolve(
+    config: TrainConfig, cache: Cache, tower: Callable[[], PromptTower]
+) -> tuple[TrainConfig, Parts, HeadArrays]:
     """The configuration with every unset field filled in, the rows it means, and the head's arrays.
+
+    Args:
+        config: what the user asked for.
+        cache: trained on.
+        tower: opens the text tower of the cache's backbone.
 
     Raises:
         ConfigError: options that contradict each other or the cache.
@@ -264,7 +275,7 @@ def resolve(config: TrainConfig, cache: Cache) -> tuple[TrainConfig, Parts, Head
 
     head = config.head.prepared(open_run)
     head = head.with_optim(config.optim.lr, config.optim.weight_decay)
-    arrays = open_arrays(cache, head, training=True)
+    arrays = open_arrays(cache, head, training=True, tower=tower)
     parts = choose_parts(
         cache,
         train_split=config.train_split,
@@ -313,7 +324,11 @@ def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> L
 
 
 def feature_spec(
-    cache: Cache, config: TrainConfig, table: FeatureTables, part: Part
+    cache: Cache,
+    config: TrainConfig,
+    table: FeatureTables,
+    part: Part,
+    tower: Callable[[], PromptTower],
 ) -> FeatureSpec:
     """What a head is told about the cache: sizes, classes, statistics, class text features.
 
@@ -322,6 +337,7 @@ def feature_spec(
         config: resolved.
         table: features of the training rows.
         part: the training rows.
+        tower: opens the text tower of the cache's backbone.
     """
     head, num_classes = config.head, cache.num_classes
     counts = class_counts(part, num_classes)
@@ -353,6 +369,7 @@ def feature_spec(
         criterion=build_loss(config, cache.task, ClassStatistics(counts, len(part))),
         cooccurrence=cooccurrence(part, num_classes) if head.wants_cooccurrence() else None,
         support=lambda: (table.slice(0, len(table)), part.target_tensor(table.device)),
+        text_tower=tower if head.wants_text_tower() else None,
     )
 
 

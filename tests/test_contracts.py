@@ -125,8 +125,8 @@ def spec(task: str, seed: int = 0) -> FeatureSpec:
 def array_of(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
     """Made-up rows of an array of a cache, in the form in which heads get them."""
     if name == "text/token_ids":
-        ids = torch.randint(97, 123, (size, 2 * NUM_TOKENS), generator=generator)
-        ids[:, NUM_TOKENS:] = -1  # padding
+        ids = torch.randint(98, 124, (size, 2 * NUM_TOKENS), generator=generator)
+        ids[:, NUM_TOKENS:] = 0  # padding
         return ids
     if name.endswith("_mask"):
         mask = torch.arange(NUM_TOKENS) < torch.randint(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from featcache.backbones.prompt_tower import PromptTower
+from featcache.caption_tokens import CAPTION_TOKENS
 from featcache.errors import ConfigError
 from featcache.prompts import format_prompts
 from heads.base import FeatureSpec, OptimDefaults
@@ -77,7 +78,7 @@ class LmptTokenConfig(PromptLearningConfig):
         """Captions as tokens or as features, unless `classification_weight` is 1."""
         if self.classification_weight == 1:
             return ()
-        return ("text/token_ids" if self.cse_form == "token" else "text/projected",)
+        return (CAPTION_TOKENS if self.cse_form == "token" else "text/projected",)
 
     def wants_text_tower(self) -> bool:
         """True."""
@@ -242,14 +243,14 @@ class LmptToken(PromptHead):
         return self.vectors if self.prompts is None else self.prompts.vectors()
 
     def caption_distances(self, captions: Tensor, vectors: Tensor) -> Distances:
-        """Distances of (B, L) caption token ids, −1 at padding, or of (B, P) caption features."""
+        """Distances of (B, L) caption token ids plus 1, 0 at padding, or of (B, P) features."""
         if not self.token_form:
             return sentence_distances(captions, vectors)
         assert self.prompts is not None, "a head that was loaded is not trained further"
         prompts = self.prompts.embeddings()
         ids = captions[:, : prompts.shape[1]]
-        words = self.prompts.tower.embed(ids.clamp(min=0))
-        return token_distances(words, ids >= 0, prompts, self.prompts.mask, self.shift)
+        words = self.prompts.tower.embed((ids - 1).clamp(min=0))
+        return token_distances(words, ids > 0, prompts, self.prompts.mask, self.shift)
 
     def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
         """Context vectors and threshold, and the class vectors that they make."""

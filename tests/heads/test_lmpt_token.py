@@ -49,9 +49,9 @@ def spec(
 
 def batch(num_rows: int = 24) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(97, 123, (num_rows, 30), generator=generator)
+    ids = torch.randint(98, 124, (num_rows, 30), generator=generator)
     lengths = torch.randint(0, 31, (num_rows, 1), generator=generator)
-    ids[torch.arange(30) >= lengths] = -1
+    ids[torch.arange(30) >= lengths] = 0
     targets = (torch.rand(num_rows, len(NAMES), generator=generator) < 0.4).float()
     return (torch.randn(num_rows, DIM, generator=generator), ids), targets
 
@@ -200,7 +200,7 @@ def test_the_loss_is_the_weighted_sum_of_both_parts() -> None:
     tower = head.prompts.tower
     length = prompts.shape[1]
     distances = token_distances(
-        tower.embed(ids[:, :length].clamp(min=0)), ids[:, :length] >= 0, prompts, mask, 1
+        tower.embed((ids[:, :length] - 1).clamp(min=0)), ids[:, :length] > 0, prompts, mask, 1
     )
     assert head.losses.cse is not None
     cse = head.losses.cse(distances, targets)

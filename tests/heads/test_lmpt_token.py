@@ -254,7 +254,9 @@ def test_class_vectors_are_made_again_only_when_the_context_has_changed() -> Non
         calls = tower.calls
         assert torch.equal(head(image), first)
     assert tower.calls == calls
-    optimizer = optimisation.build(optimisation.OptimConfig(lr=0.1, weight_decay=0.0), head.train())
+    optimizer = optimisation.build(
+        optimisation.OptimConfig(optimizer="adamw", lr=0.1, weight_decay=0.0), head.train()
+    )
     features, targets = batch()
     head.loss(features, targets, 0.0)["loss"].backward()  # type: ignore[no-untyped-call]
     optimizer.step()

@@ -119,7 +119,17 @@ def spec(task: str, seed: int = 0) -> FeatureSpec:
         criterion=default_loss(task).build(ClassStatistics(counts, 413)),
         cooccurrence=np.diag(counts) + 2 - np.eye(NUM_CLASSES, dtype=np.int64),
         text_tower=lambda: ToyTower(DIM),
+        support=lambda: support(task),
     )
+
+
+def support(task: str) -> tuple[Features, torch.Tensor]:
+    """Training rows, for heads that are made of them."""
+    rows = torch.randn(3 * NUM_CLASSES, DIM, generator=torch.Generator().manual_seed(5))
+    labels = torch.arange(len(rows)) % NUM_CLASSES
+    if task == "single_label":
+        return (rows,), labels
+    return (rows,), torch.nn.functional.one_hot(labels, NUM_CLASSES).float()
 
 
 def array_of(name: str, size: int, generator: torch.Generator) -> torch.Tensor:

@@ -75,6 +75,15 @@ class Config(BaseModel):
         return text
 
     @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that plain nested values describe, as `record` gives them.
+
+        Raises:
+            ConfigError: one line per illegal or missing value, each with its full dotted path.
+        """
+        return cls._validated(values)
+
+    @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         """The configuration a YAML file describes.
 

@@ -55,6 +55,7 @@ from heads.parts import (
 )
 from heads.progress import duration
 from heads.run_folder import WEIGHTS, RunError
+from heads.shots import few_shot_parts
 from heads.watch import EarlyStop
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,12 @@ class TrainConfig(Config):
     """Split that is only reported, never decided on; unset = test if the cache has one."""
     select_on: Literal["val", "test"] = "val"
     """val; test makes the reported figures optimistic and is for comparison with papers only."""
+    shots: PositiveInt | None = None
+    """Train on this many rows a class, 1 or more, drawn by their ids; unset = on all."""
+    shots_seed: NonNegativeInt = 0
+    """Seed of that draw, 0 or more."""
+    val_shots: PositiveInt = 4
+    """With shots: most validation rows a class, 1 or more; min(shots, this) decide."""
     metrics: MetricsConfig = MetricsConfig()
     """How metrics are counted."""
     seed: NonNegativeInt = 0
@@ -286,6 +293,10 @@ def resolve(
         seed=config.seed,
         readable=arrays.only(head.arrays()).readable,
     )
+    if config.shots is not None:
+        parts = few_shot_parts(
+            cache, parts, shots=config.shots, val_shots=config.val_shots, seed=config.shots_seed
+        )
     optim = optimisation.resolve(config.optim, head.optim_defaults, len(parts.train))
     config = config.model_copy(update={"head": head, "optim": optim})
     if config.run is None:

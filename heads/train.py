@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,6 @@ from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
 from featcache.join import open_one_or_joined
 from featcache.joined_cache import JoinedCache
-from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import event_file, run_folder
@@ -32,6 +32,7 @@ from heads import optim as optimisation
 from heads.base import FeatureSpec, HeadConfig
 from heads.checkpoint import CHECKPOINT
 from heads.data import FeatureTables, HeadArrays, open_arrays
+from heads.distributed import Group, group_for
 from heads.evaluate import (
     MetricsConfig,
     main_metric,
@@ -46,6 +47,7 @@ from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
 from heads.parts import (
+    IntArray,
     Part,
     Parts,
     choose_parts,
@@ -59,6 +61,9 @@ from heads.shots import few_shot_parts
 from heads.watch import EarlyStop
 
 logger = logging.getLogger(__name__)
+
+TableMaker = Callable[[HeadArrays, IntArray, torch.device], FeatureTables]
+"""Reads chosen rows of a head's arrays for a device; see `FeatureTables`."""
 
 _FREE = {
     "cache",
@@ -159,40 +164,55 @@ class TrainReport:
 
 def run(config: TrainConfig) -> TrainReport:
     """Trains, evaluates and fills the run folder; the same call resumes what was interrupted."""
-    cache = open_one_or_joined(config.cache, config.join)
-    if isinstance(cache, JoinedCache) and not config.quiet:
-        print(cache.describe())
-    require_labels(cache)
-    device = resolve_device(config.device)
+    with group_for(config.device) as group:
+        cache = open_one_or_joined(config.cache, config.join)
+        if isinstance(cache, JoinedCache) and not config.quiet and group.leads:
+            print(cache.describe())
+        require_labels(cache)
+        return train_on(cache, config, group)
+
+
+def train_on(
+    cache: Cache, config: TrainConfig, group: Group, load: TableMaker = FeatureTables
+) -> TrainReport:
+    """`run` on a labelled cache that is open.
+
+    Args:
+        cache: the one that `config` names.
+        config: what to train.
+        group: the processes that train it together, and the device; the first of them writes.
+        load: reads rows of arrays for a device; those who train often keep what they read.
+    """
+    device = group.device
     tower = functools.cache(partial(open_prompt_tower, cache, str(device)))
     config, parts, arrays = resolve(config, cache, tower)
+    if not group.leads:
+        config = config.model_copy(update={"quiet": True})
     if not config.quiet and (lost := without_caption(parts)):
         print(f"left out, head {config.head.kind} reads nothing but captions: {lost}")
     folder = config.run
     assert folder is not None, "not resolved"
-    with run_folder.exclusive(folder):
-        if config.restart:
-            _clear(folder)
-        if _require_same(folder, config, cache) and (folder / "metrics.json").is_file():
-            report = TrainReport(folder, run_folder.read_json(folder / "metrics.json"), True)
+    with run_folder.exclusive(folder) if group.leads else nullcontext():
+        finished = group.follow(_finished(folder, config, cache) if group.leads else None)
+        if finished is not None:
+            report = TrainReport(folder, finished, True)
             if not config.quiet:
                 print(f"{folder}: trained already with this configuration (--restart trains anew)")
                 print(summary(report))
             return report
-        if not config.resume:
-            (folder / CHECKPOINT).unlink(missing_ok=True)
         started = time.perf_counter()
-        train = FeatureTables(arrays, parts.train.rows, device)
+        train = load(arrays, parts.train.rows, device)
         spec = feature_spec(cache, config, train, parts.train, tower)
         record = run_folder.describe_head(cache, config.head, spec)
-        run_folder.write_json(folder / "head.json", record)
-        run_folder.write_atomic(folder / "config.yaml", config.to_yaml().encode())
-        if spec.prompts is not None:
-            run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": spec.prompts})
+        if group.leads:
+            run_folder.write_json(folder / "head.json", record)
+            run_folder.write_atomic(folder / "config.yaml", config.to_yaml().encode())
+            if spec.prompts is not None:
+                run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": spec.prompts})
         torch.manual_seed(config.seed)
         head = config.head.build(spec).to(device)
         arrays = arrays.only(config.head.arrays())
-        val = FeatureTables(arrays, parts.val.rows, device)
+        val = load(arrays, parts.val.rows, device)
         material = Material(train, parts.train, val, parts.val)
         if head.trainable:
             assert isinstance(config.optim.batch_size, int), "not resolved"
@@ -205,6 +225,7 @@ def run(config: TrainConfig) -> TrainReport:
                     fingerprint=cache.fingerprint,
                     metric=main_metric(cache.task),
                     seed=config.seed,
+                    group=group,
                     stop=EarlyStop(config.patience, config.min_delta),
                     stop_on=config.stop_on,
                     save_every=config.save_every,
@@ -213,6 +234,8 @@ def run(config: TrainConfig) -> TrainReport:
                 )
         else:
             fitted = untrained(head.eval(), material)
+        if not group.leads:  # the first process evaluates and writes
+            return TrainReport(folder, group.follow({}))
         best, history = fitted.best, fitted.history
         chosen = config.head.only(best.candidate)
         final = chosen.build(spec).to(device).eval()
@@ -232,7 +255,7 @@ def run(config: TrainConfig) -> TrainReport:
         }
         monitors = {"val": score_monitors(final, val, parts.val)}
         if parts.test is not None:
-            test = FeatureTables(arrays, parts.test.rows, device)
+            test = load(arrays, parts.test.rows, device)
             scores = score_split(final, test, parts.test, cache.classes, config.metrics)
             values["test"] = scores.metrics
             monitors["test"] = score_monitors(final, test, parts.test)
@@ -254,6 +277,7 @@ def run(config: TrainConfig) -> TrainReport:
             draw_curves(history, folder / "curves.png", _title(config), values["metric"])
         run_folder.write_json(folder / "metrics.json", values)
         (folder / CHECKPOINT).unlink(missing_ok=True)
+        group.follow(values)
     report = TrainReport(folder, values)
     if not config.quiet:
         print(summary(report))
@@ -427,6 +451,21 @@ def _keep_prompts(
     prompts = spec.prompts[[list(spec.templates).index(template) for template in kept]]
     run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": prompts.contiguous()})
     return {"templates": kept}
+
+
+def _finished(folder: Path, config: TrainConfig, cache: Cache) -> dict[str, Any] | None:
+    """Metrics of a finished training in the folder; None, and a folder made ready, without one.
+
+    Raises:
+        RunError: if the folder holds another training.
+    """
+    if config.restart:
+        _clear(folder)
+    if _require_same(folder, config, cache) and (folder / "metrics.json").is_file():
+        return run_folder.read_json(folder / "metrics.json")
+    if not config.resume:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return None
 
 
 def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:

@@ -43,6 +43,8 @@ class PromptLearningConfig(HeadConfig):
     """Its margin, > 0, in units of 1 − cosine; unset = 1 for nn_hinge, otherwise 0.2."""
     count_power: NonNegativeFloat = 1.0
     """Weights of softmargin and weighted fall with this power of a class's rows, 0 or more."""
+    scale: PositiveFloat | None = None
+    """Multiplier of the cosines (s), > 0; unset = the backbone's own (100 for CLIP)."""
     threshold: bool = True
     """Learn the cosine from which on a class counts as present (multi-label sets only); without it
     every positive cosine does, and the sigmoids of CLIP's cosines are all close to 1."""
@@ -83,7 +85,11 @@ class PromptLearningConfig(HeadConfig):
         cosine = (vectors.cpu() @ spec.mean).mean() / length
         share = float(spec.class_counts.mean()) / max(spec.num_rows, 1)
         odds = torch.logit(torch.tensor(share), eps=1e-4)
-        return cosine - odds / spec.logit_scale
+        return cosine - odds / self.multiplier(spec)
+
+    def multiplier(self, spec: FeatureSpec) -> float:
+        """s."""
+        return self.scale or spec.logit_scale
 
 
 class PromptLosses(nn.Module):

@@ -74,7 +74,7 @@ class LmptConfig(PromptLearningConfig):
         return Lmpt(
             base,
             self.losses(spec),
-            scale=spec.logit_scale,
+            scale=self.multiplier(spec),
             threshold=self.first_threshold(spec, base),
             csc=self.csc,
         )

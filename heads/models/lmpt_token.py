@@ -96,7 +96,7 @@ class LmptTokenConfig(PromptLearningConfig):
         if spec.text_tower is None:  # a trained head
             vectors = torch.zeros(spec.num_classes, spec.feature_dim)
             threshold = self.first_threshold(spec, vectors)
-            return LmptToken(vectors, losses, scale=spec.logit_scale, threshold=threshold)
+            return LmptToken(vectors, losses, scale=self.multiplier(spec), threshold=threshold)
         tower = spec.text_tower()
         (names,) = format_prompts(spec.classes, [self.class_name])
         context = self._first_context(tower, spec.num_classes)
@@ -116,7 +116,7 @@ class LmptTokenConfig(PromptLearningConfig):
         return LmptToken(
             vectors,
             losses,
-            scale=spec.logit_scale,
+            scale=self.multiplier(spec),
             threshold=self.first_threshold(spec, vectors),
             prompts=prompts,
             token_form=self.cse_form == "token",

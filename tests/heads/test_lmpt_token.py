@@ -156,6 +156,7 @@ def test_f17_csc_can_be_switched(csc: bool) -> None:
         {"classification_weight": 0.9},
         {"cse_form": "sentence"},
         {"threshold": False},
+        {"scale": 10.0},
         {"class_name": "the {name}"},
         {"ctx_init": "of a"},
         {"n_ctx": 4},

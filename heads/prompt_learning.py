@@ -88,7 +88,7 @@ class PromptLearningConfig(HeadConfig):
         return cosine - odds / self.multiplier(spec)
 
     def multiplier(self, spec: FeatureSpec) -> float:
-        """s."""
+        """What cosines are multiplied by."""
         return self.scale or spec.logit_scale
 
 

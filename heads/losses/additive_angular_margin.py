@@ -48,6 +48,8 @@ class AdditiveAngularMarginConfig(LossConfig):
 class AdditiveAngularMargin(Loss):
     """Takes cosines, not logits; prediction is scale · cosine + offset, without a margin."""
 
+    needs_cosines = True
+
     def __init__(self, scale: float = 30.0, margin: float = 0.5) -> None:
         """Options as in `AdditiveAngularMarginConfig`."""
         super().__init__()

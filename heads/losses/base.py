@@ -36,6 +36,10 @@ class Loss(nn.Module, ABC):
 
     reduction: Literal["mean", "sum"] = "mean"
     """What `forward` does with `terms`."""
+    needs_cosines: bool = False
+    """Whether it takes cosines in place of logits, and has an `offset` besides."""
+    reads_multi_hot: bool = True
+    """Whether class indices mean one-hot rows to it; False for a softmax over classes."""
     needs_whole_batch: bool = False
     """Whether a row's terms depend on the other rows of its batch."""
 
@@ -51,6 +55,19 @@ class Loss(nn.Module, ABC):
         Returns:
             (B, C) or (B,) float32.
         """
+
+    def sums_and_slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The loss of G models at once with its derivative, where there is a closed form for both.
+
+        Args:
+            logits: (b, G, C) float32 of b rows by G models; may be overwritten.
+            targets: of the b rows.
+
+        Returns:
+            (G,) terms as a mean over classes and a sum over rows, and their (b, G, C) derivative by
+            the logits; None = leave it to autograd.
+        """
+        return None
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """0-d float32 mean (or sum, see `reduction`) of `terms`."""

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy, and of several linear classifiers on the same features in one pass.
+"""Softmax cross-entropy, smoothed, weighted by class, or adjusted to class frequencies.
 
 With z logits, y the true class, ε the smoothing, w class weights, π_c = n_c / N and τ the strength
 of the adjustment, z′ = z + τ log π in training, for each row:
@@ -21,7 +21,6 @@ from torch import Tensor
 from featcache.manifest import Task
 from heads.losses.base import ClassStatistics, Loss, LossConfig, at_least_float32
 from heads.losses.frequency import effective_number_weights, seen_counts
-from heads.losses.stacked import StackedLinearLoss
 
 Weighting = Literal["none", "inverse", "sqrt_inverse", "class_balanced"]
 
@@ -70,6 +69,7 @@ class CrossEntropyConfig(LossConfig):
 class CrossEntropy(Loss):
     """log Σ_c exp z_c − z_y, smoothed, weighted and adjusted."""
 
+    reads_multi_hot = False
     weights: Tensor | None
     shift: Tensor | None
 
@@ -91,11 +91,6 @@ class CrossEntropy(Loss):
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is nothing but log Σ_c exp z_c − z_y."""
-        return not self.label_smoothing and self.weights is None and self.shift is None
-
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) float32; see `Loss.terms`."""
         logits = at_least_float32(logits)
@@ -109,30 +104,13 @@ class CrossEntropy(Loss):
             label_smoothing=self.label_smoothing,
         )
 
-
-def stacked_cross_entropy(
-    features: Tensor, weights: list[Tensor], biases: list[Tensor], targets: Tensor
-) -> Tensor:
-    """(G,) mean softmax cross-entropy of each of G linear classifiers.
-
-    Equals `F.cross_entropy(F.linear(features, weights[g], biases[g]), targets)` for each g.
-
-    Args:
-        features: (B, D); gets no gradient.
-        weights: G times (C, D).
-        biases: G times (C,), or an empty list.
-        targets: (B,) int64 class indices.
-    """
-    losses: Tensor = StackedLinearLoss.apply(
-        features, targets, _loss_and_gradient, len(weights), *weights, *biases
-    )
-    return losses
-
-
-def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_probabilities = logits.log_softmax(-1)
-    own = targets[:, None, None].expand(-1, logits.shape[1], 1)
-    loss = -log_probabilities.gather(2, own).sum((0, 2))
-    gradient = log_probabilities.exp_()
-    gradient.scatter_add_(2, own, gradient.new_full((), -1.0).expand_as(own))
-    return loss, gradient
+    def sums_and_slopes(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The plain form; see `Loss.sums_and_slopes`."""
+        if self.label_smoothing or self.weights is not None or self.shift is not None:
+            return None
+        log_probabilities = logits.log_softmax(-1)
+        own = targets[:, None, None].expand(-1, logits.shape[1], 1)
+        loss = -log_probabilities.gather(2, own).sum((0, 2))
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(2, own, gradient.new_full((), -1.0).expand_as(own))
+        return loss, gradient

@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from heads.losses.base import ClassStatistics, Loss, LossConfig
-from heads.losses.tolerant import two_sided
+from heads.losses.base import ClassStatistics, LossConfig
+from heads.losses.binary_cross_entropy import BinaryCrossEntropy
 
 
 class MultiLabelSoftMarginConfig(LossConfig):
@@ -26,9 +26,9 @@ class MultiLabelSoftMarginConfig(LossConfig):
         return MultiLabelSoftMargin()
 
 
-class MultiLabelSoftMargin(Loss):
+class MultiLabelSoftMargin(BinaryCrossEntropy):
     """Mean over classes of sigmoid cross-entropy."""
 
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) float32; see `Loss.terms`."""
-        return two_sided(logits, targets).mean(1)
+        return super().terms(logits, targets).mean(1)

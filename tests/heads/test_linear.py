@@ -13,8 +13,9 @@ from featcache.errors import ConfigError
 from heads import optim
 from heads.base import FeatureSpec
 from heads.losses import stacked
-from heads.losses.binary_cross_entropy import stacked_binary_cross_entropy
-from heads.losses.cross_entropy import stacked_cross_entropy
+from heads.losses.binary_cross_entropy import BinaryCrossEntropy
+from heads.losses.cross_entropy import CrossEntropy
+from heads.losses.stacked import stacked_loss
 from heads.models.linear import Linear, LinearConfig, pair_name
 from heads.optim import OptimConfig, ScheduleConfig
 
@@ -40,12 +41,12 @@ def test_stacked_losses_equal_torchs_own(
     weights = [torch.randn(6, 10, requires_grad=True) for _ in range(3)]
     biases = [torch.randn(6, requires_grad=True) for _ in range(3 if bias else 0)]
     ours, theirs = (
-        (stacked_binary_cross_entropy, F.binary_cross_entropy_with_logits)
+        (BinaryCrossEntropy(), F.binary_cross_entropy_with_logits)
         if multi_label
-        else (stacked_cross_entropy, F.cross_entropy)
+        else (CrossEntropy(), F.cross_entropy)
     )
     factors = torch.tensor([1.0, 2.0, -0.5])
-    found = ours(features, weights, biases, targets)
+    found = stacked_loss(ours, features, weights, biases, targets)
     found_gradients = torch.autograd.grad((found * factors).sum(), [*weights, *biases])
     expected = torch.stack(
         [
@@ -62,9 +63,9 @@ def test_stacked_losses_equal_torchs_own(
 def test_extreme_logits_give_finite_losses() -> None:
     weight = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     features = torch.ones(1, 1)
-    loss = stacked_cross_entropy(features, [weight], [], torch.tensor([1]))
+    loss = stacked_loss(CrossEntropy(), features, [weight], [], torch.tensor([1]))
     assert loss.item() == pytest.approx(2000.0)
-    many = stacked_binary_cross_entropy(features, [weight], [], torch.tensor([[0.0, 1.0]]))
+    many = stacked_loss(BinaryCrossEntropy(), features, [weight], [], torch.tensor([[0.0, 1.0]]))
     assert many.item() == pytest.approx(1000.0)
 
 
@@ -77,9 +78,8 @@ def train(
     features, labels = problem()
     targets = F.one_hot(labels, 6).float() if multi_label else labels
     std, mean = torch.std_mean(features, 0, correction=0)
-    head = Linear(
-        10, 6, scaling="standard", pairs=pairs, mean=mean, std=std, multi_label=multi_label
-    )
+    criterion = BinaryCrossEntropy() if multi_label else CrossEntropy()
+    head = Linear(10, 6, scaling="standard", pairs=pairs, mean=mean, std=std, criterion=criterion)
     config = OptimConfig(
         optimizer=optimizer_kind,
         epochs=epochs,

@@ -62,9 +62,9 @@ class _StackedLinearLoss(torch.autograd.Function):
         device = features.device.type
         product = features.dtype
         # A float16 autocast is left out: sums of gradients over thousands of rows leave its range.
-        if torch.is_autocast_enabled(device) and product == torch.float32:
-            if torch.get_autocast_dtype(device) == torch.bfloat16:
-                product = torch.bfloat16
+        mixed = torch.is_autocast_enabled(device) and product == torch.float32
+        if mixed and torch.get_autocast_dtype(device) == torch.bfloat16:
+            product = torch.bfloat16
         with torch.autocast(device, enabled=False):
             return _StackedLinearLoss._forward(
                 ctx, features, targets, criterion, num_copies, parameters, product

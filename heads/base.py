@@ -176,6 +176,9 @@ class Head(nn.Module, ABC):
         """
         return {}
 
+    def give_sparse_gradients(self) -> None:
+        """Told that the optimiser updates single rows: `loss` may give gradients of them alone."""
+
     def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
         """Tensors that training changes, by name: what `head.safetensors` holds.
 

@@ -54,6 +54,9 @@ class Group:
     def sum_gradients(self, head: nn.Module) -> None:
         """Adds the gradients of all processes up, in place."""
         if self.size > 1:
+            for parameter in head.parameters():
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    parameter.grad = parameter.grad.to_dense()  # nccl sums no rows of unlike number
             grads = [p.grad for p in head.parameters() if p.grad is not None]
             for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
                 work.wait()

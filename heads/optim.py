@@ -17,6 +17,7 @@ from torch import nn
 from featcache.config import Config
 from featcache.errors import ConfigError
 from heads.base import Head, OptimDefaults, Shape
+from heads.lazy_adam import LazyAdamW, StateDtype
 
 _NO_FACTORS: Mapping[str, float] = {}
 _CYCLE_START, _CYCLE_END = 1 / 25, 1 / 25e4
@@ -51,9 +52,10 @@ class ScheduleConfig(Config):
 class OptimConfig(Config):
     """How a head is trained; unset fields take the head's own defaults."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] | None = None
-    """adamw (decoupled weight decay), adam or sgd (both with weight decay in the gradient); unset =
-    the head's own, mostly adamw."""
+    optimizer: Literal["adamw", "lazy_adamw", "adam", "sgd"] | None = None
+    """adamw (decoupled weight decay), lazy_adamw (the same on the rows of a weight that a step has
+    a gradient for: for mop with thousands of classes), adam or sgd (both with weight decay in the
+    gradient); unset = the head's own, mostly adamw."""
     lr: PositiveFloat | None = None
     """Peak learning rate, > 0; unset = the head's own."""
     weight_decay: NonNegativeFloat | None = None
@@ -75,6 +77,9 @@ class OptimConfig(Config):
     compile: bool = False
     """Compile forward pass and loss (torch.compile): a first step of up to a minute, then faster
     ones for heads of many small operations. Needs a C++ compiler."""
+    state_dtype: StateDtype = "float32"
+    """How lazy_adamw keeps its two moments: float32, or bfloat16, which is half as much; not read
+    by the others."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of sgd, 0 to below 1; not read by the others."""
     clip_norm: PositiveFloat | None = None
@@ -184,6 +189,9 @@ def build(optim: OptimConfig, head: Head) -> torch.optim.Optimizer:
     )
     for group in groups:
         group["peak_lr"] = group["lr"]
+    if optim.optimizer == "lazy_adamw":
+        head.give_sparse_gradients()
+        return LazyAdamW(groups, state_dtype=optim.state_dtype)
     if optim.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=optim.momentum, fused=True)
     if optim.optimizer == "adam":
@@ -213,4 +221,13 @@ def set_lr(
 
 def clip(head: nn.Module, max_norm: float) -> None:
     """Scales the gradient down to `max_norm` where its norm over all parameters is larger."""
-    nn.utils.clip_grad_norm_([p for p in head.parameters() if p.requires_grad], max_norm)
+    parameters = [p for p in head.parameters() if p.requires_grad and p.grad is not None]
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+    values = [
+        p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None
+    ]
+    share = max_norm / (nn.utils.get_total_norm(values) + 1e-6)
+    for value in values:
+        value.mul_(share.clamp(max=1.0).to(value.device))

@@ -107,6 +107,9 @@ class MopConfig(HeadConfig):
     templates: str | list[str] | None = None
     """Prompt templates: names of sets, or format strings over the class table's columns, one or
     several; unset: chosen by the dataset."""
+    touched_share: float = Field(default=1e-4, ge=0.0, lt=1.0)
+    """With `optim.optimizer=lazy_adamw`: softmax weight from which on a row updates a class that is
+    not its own, 0 to below 1; not read otherwise."""
     method: Method = "auto"
     """How the loss is computed; `auto` fits the machine and the temperatures."""
 
@@ -177,6 +180,7 @@ class MopConfig(HeadConfig):
                 min_usage=self.min_usage_weight,
                 usage_threshold=self.min_usage,
             ),
+            touched_share=self.touched_share,
             method=self.method,
         )
 
@@ -214,6 +218,7 @@ class Mop(Head):
         tau_end: float = 0.05,
         init_std: float = 0.01,
         collapse: Collapse = NO_COLLAPSE,
+        touched_share: float = 1e-4,
         method: Method = "auto",
     ) -> None:
         super().__init__()
@@ -228,6 +233,7 @@ class Mop(Head):
         self.hard = hard
         self.tau_start, self.tau_end = tau_start, tau_end
         self.collapse = collapse
+        self.touched_share, self.sparse_gradients = touched_share, False
         self.method: Method = method
 
     def tau(self, progress: float) -> float:
@@ -270,6 +276,7 @@ class Mop(Head):
             penalty_reduction=self.penalty_reduction,
             hard=self.hard,
             collapse=self.collapse,
+            touched_share=self.touched_share if self.sparse_gradients else None,
             method=self.method,
         )
         result = {
@@ -283,6 +290,14 @@ class Mop(Head):
             if getattr(self.collapse, name) > 0.0:
                 result[f"loss_{name}"] = getattr(parts, name)
         return result
+
+    def give_sparse_gradients(self) -> None:
+        """From now on `loss` leaves out the gradient of classes that a batch does not touch.
+
+        The batch's own classes and those that `touched_share` names have one, as far as the
+        softmax is sharp; the offsets' penalty then pulls only at them.
+        """
+        self.sparse_gradients = True
 
     @torch.no_grad()
     def assignments(self, features: Tensor, class_index: int, temperature: float) -> Tensor:

@@ -302,8 +302,9 @@ def interrupted(options: TrainConfig, after_epochs: int) -> None:
         {"ema_decay": 0.95, "accumulate": 2, "clip_norm": 0.5},
         {"precision": "fp16", "schedule": ScheduleConfig(shape="one_cycle")},
         {"schedule": ScheduleConfig(shape="plateau", patience=0, factor=0.5), "optimizer": "sgd"},
+        {"optimizer": "lazy_adamw", "state_dtype": "bfloat16", "accumulate": 2},
     ],
-    ids=["average", "fp16", "plateau"],
+    ids=["average", "fp16", "plateau", "lazy"],
 )
 def test_a_resumed_training_is_the_uninterrupted_one_with_everything_on(
     make_single: CacheMaker, tmp_path: Path, staged: list[Staged], optim: dict[str, Any]

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from featcache.errors import ConfigError
 from featcache.prompts import TEMPLATES
+from heads import optim as optimisation
 from heads.base import FeatureSpec
 from heads.models.mop import Mop, MopConfig, base_prompts
+from heads.optim import OptimConfig
 
 C, D = 6, 16
 
@@ -245,3 +247,45 @@ def test_f52_each_template_is_normalised_before_the_mean() -> None:
     found = base_prompts(prompts)
     assert float(found[0, 0]) == pytest.approx(float(found[0, 1]))
     assert float(found.norm()) == pytest.approx(1.0)
+
+
+def test_lazy_rows_train_as_all_rows_where_the_softmax_is_sharp() -> None:
+    """Only classes that a row's softmax looks at get a gradient; the scores come out alike."""
+    torch.manual_seed(0)
+    prompts = F.normalize(torch.randn(1, 40, D), dim=-1)
+    targets = torch.randint(0, 8, (30,))
+    features = prompts[0, targets] + 0.2 * torch.randn(30, D)
+    results, touched = {}, set()
+    for optimizer in ("adamw", "lazy_adamw"):
+        torch.manual_seed(1)
+        head = Mop(base_prompts(prompts), num_prompts=3, scale=50.0, offset_penalty=0.0)
+        head.classification_temperature, head.method = 0.2, "float32"
+        built = optimisation.build(
+            OptimConfig.from_values({"optimizer": optimizer, "lr": 1e-3, "weight_decay": 0.0}), head
+        )
+        start = head.offsets.detach().clone()
+        for step in range(10):
+            built.zero_grad()
+            head.loss((features,), targets, step / 10)["loss"].backward()
+            assert head.offsets.grad is not None
+            assert head.offsets.grad.is_sparse == (optimizer == "lazy_adamw")
+            optimisation.clip(head, 5.0)
+            built.step()
+        if optimizer == "lazy_adamw":
+            moved = (head.offsets.detach() != start).flatten(1).any(dim=1)
+            touched = set(moved.nonzero().squeeze(1).tolist())
+        results[optimizer] = head(features).detach()
+    assert set(targets.tolist()) <= touched
+    assert len(touched) < 40
+    change = (results["adamw"] - results["lazy_adamw"]).abs().max()
+    assert change < 0.05 * results["adamw"].abs().max()
+
+
+def test_clipping_takes_sparse_gradients_for_what_they_are() -> None:
+    weight = torch.nn.Linear(3, 4, bias=False)
+    dense = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0], [0.0, 0.0, 0.0], [0.0, 12.0, 0.0]])
+    weight.weight.grad = dense.to_sparse(1)
+    optimisation.clip(weight, 1.3)
+    torch.testing.assert_close(weight.weight.grad.to_dense(), dense / 10, rtol=1e-5, atol=1e-6)
+    optimisation.clip(weight, 100.0)
+    torch.testing.assert_close(weight.weight.grad.to_dense(), dense / 10, rtol=1e-5, atol=1e-6)

@@ -64,6 +64,9 @@ class GardenConfig(DatasetConfig):
     vague: float = Field(default=0.0, ge=0, le=1)
     """Share of the images, drawn by lot, whose captions name nothing that is in them, 0..1. With
     `covered`, neither pictures nor captions are enough alone."""
+    company: float = Field(default=0.0, ge=0, le=1)
+    """Chance that each of the three frequent things that a rare one keeps company with is there
+    with it, 0..1; multi_label only. Shows heads that learn from labels occurring together."""
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the images that becomes `val`, 0 up to but not 1."""
     test_fraction: float = Field(default=0.2, ge=0, lt=1)
@@ -74,6 +77,15 @@ class GardenConfig(DatasetConfig):
     """Seed of all images, 0 or larger."""
     num_workers: PositiveInt | None = None
     """Processes that draw; unset = one for each processor. The images do not depend on it."""
+
+    @model_validator(mode="after")
+    def _company_of_labels(self) -> "GardenConfig":
+        if self.company and self.task != "multi_label":
+            raise ValueError(
+                f"company {self.company:g} needs task=multi_label, found {self.task}; one label "
+                "an image keeps no company"
+            )
+        return self
 
     @model_validator(mode="after")
     def _leave_train(self) -> "GardenConfig":
@@ -92,7 +104,7 @@ class GardenConfig(DatasetConfig):
         """
         options = self._options()
         # Options that came later name a folder only where they change something.
-        named = {k: v for k, v in options.items() if v or k not in ("covered", "vague")}
+        named = {k: v for k, v in options.items() if v or k not in ("covered", "vague", "company")}
         folder = self.root / f"{self.domain}-{self.task}-{fingerprint(named)[:10]}"
         if not (folder / "rows.parquet").is_file():
             _draw(folder, options, *self._plan(), self.num_workers or os.cpu_count() or 1)

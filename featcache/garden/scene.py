@@ -119,6 +119,7 @@ class Garden:
         num_captions: captions an image.
         covered: share of the images that leaves in front hide.
         vague: share of the images whose captions name nothing in them.
+        company: chance of each companion of a rare thing; see `companions`.
         seed: seed of all images.
     """
 
@@ -129,6 +130,7 @@ class Garden:
     num_captions: int
     covered: float
     vague: float
+    company: float
     seed: int
 
     def scene(self, index: int, species: int) -> tuple[Scene, np.random.Generator]:
@@ -142,7 +144,10 @@ class Garden:
         distant: tuple[Subject, ...] = ()
         background = int(rng.integers(len(BACKGROUNDS)))
         if self.task == "multi_label":
-            subjects, objects = self._many(rng)
+            subjects, there = self._many(rng)
+            # Lots of their own: a garden without company stays as it is.
+            there = self._joined(there, np.random.default_rng([self.seed, index, 2]))
+            objects = tuple(np.flatnonzero(there).tolist())
             nouns = [FAMILIES[subject.species.family][1] for subject in subjects]
             names = multi_label_names(self.species)
             labels = sorted({names.index(noun) for noun in nouns})
@@ -187,7 +192,7 @@ class Garden:
         ])  # fmt: skip
         return 0.45 * self.imbalance ** -np.asarray(rank)
 
-    def _many(self, rng: np.random.Generator) -> tuple[tuple[Subject, ...], tuple[int, ...]]:
+    def _many(self, rng: np.random.Generator) -> tuple[tuple[Subject, ...], npt.NDArray[np.bool_]]:
         rates = self.rates()
         num_families = len(rates) - len(OBJECTS)
         present = np.flatnonzero(rng.random(num_families) < rates[:num_families])
@@ -203,7 +208,18 @@ class Garden:
             scale = (1.0, 0.72, 0.6)[len(present) - 1]
             subjects.append(self._subject(species, rng, x, 0.5 + 0.08 * (place % 2), scale))
         chances = self._object_rates(rates[num_families:])
-        return tuple(subjects), tuple(np.flatnonzero(rng.random(len(chances)) < chances).tolist())
+        return tuple(subjects), rng.random(len(chances)) < chances
+
+    def _joined(
+        self, there: npt.NDArray[np.bool_], lots: np.random.Generator
+    ) -> npt.NDArray[np.bool_]:
+        """The things that are there and, by lot, the companions of the rare ones among them."""
+        absent = self._object_rates(np.ones(len(OBJECTS))) == 0
+        joined = there.copy()
+        for thing in np.flatnonzero(there):
+            for other in companions(int(thing)):
+                joined[other] |= lots.random() < self.company
+        return joined & ~absent
 
     def _distant(self, rng: np.random.Generator) -> tuple[Subject, ...]:
         """No, one or two others behind the subject."""
@@ -233,6 +249,16 @@ class Garden:
             angle=0.7 * (draws[4] - 0.5),
             tilt=0.6 + 0.4 * draws[5],
         )
+
+
+def companions(thing: int) -> tuple[int, ...]:
+    """Rows of `OBJECTS` that a rare thing keeps company with: no two rare things have the same.
+
+    Args:
+        thing: row of `OBJECTS`; the first half are frequent and keep none.
+    """
+    half = len(OBJECTS) // 2
+    return tuple((thing + step) % half for step in (0, 1, 3)) if thing >= half else ()
 
 
 def multi_label_names(species: Sequence[Species]) -> list[str]:

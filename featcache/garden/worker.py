@@ -75,6 +75,7 @@ def make_garden(options: dict[str, Any]) -> Garden:
         num_captions=options["num_captions"],
         covered=options["covered"],
         vague=options["vague"],
+        company=options["company"],
         seed=options["seed"],
     )
 

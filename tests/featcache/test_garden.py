@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from featcache.datasets import garden as garden_module
 from featcache.datasets.garden import GardenConfig
 from featcache.errors import DatasetError
-from featcache.garden.scene import OBJECTS
+from featcache.garden.scene import OBJECTS, companions
 from featcache.garden.species import FAMILIES, MAX_SPECIES, make_species
 from featcache.garden.worker import draw_image, make_garden
 from featcache.manifest import Manifest
@@ -127,6 +127,32 @@ def test_a_covered_picture_shows_nothing_but_leaves(tmp_path: Path) -> None:
     assert between.std() < 1.5 * centred.std() / size**0.5, "classes differ by chance alone"
 
 
+def test_rare_things_bring_their_company_along() -> None:
+    def things(company: float, domain: str = "meadow") -> list[set[int]]:
+        garden = make_garden(
+            {"num_species": 40, "task": "multi_label", "domain": domain, "imbalance": 5.0,
+             "num_captions": 0, "covered": 0.0, "vague": 0.0, "company": company, "seed": 0}
+        )  # fmt: skip
+        return [set(garden.scene(index, 0)[0].objects) for index in range(300)]
+
+    triples = [companions(thing) for thing in range(8, 16)]
+    assert len({frozenset(triple) for triple in triples}) == 8
+    assert not any(companions(thing) for thing in range(8))
+    before, always, mostly = things(0.0), things(1.0), things(0.7)
+    brought, possible = 0, 0
+    for without, found, some in zip(before, always, mostly, strict=True):
+        company = {other for thing in without for other in companions(thing)} - without
+        assert found == without | company
+        assert without <= some <= found
+        brought, possible = brought + len(some - without), possible + len(company)
+    assert 0.65 < brought / possible < 0.85, "some are companions of two"
+    sun = [name for name, _, _ in OBJECTS].index("sun")
+    assert any(sun in one for one in always)
+    assert not any(sun in one for one in things(1.0, "night"))
+    with pytest.raises(ValidationError, match=r"company 0\.5 needs task=multi_label"):
+        GardenConfig(company=0.5)
+
+
 def test_options_that_change_nothing_leave_a_garden_where_it_is(tmp_path: Path) -> None:
     """Caches made before there were such options go on fitting."""
     assert tiny(tmp_path).open().paths[0].startswith("meadow-single_label-2907c99c7c/")
@@ -145,7 +171,8 @@ def test_every_row_of_options_draws(tmp_path: Path) -> None:
     species = make_species(48)
     garden = make_garden(
         {"num_species": 48, "task": "single_label", "domain": "meadow", "imbalance": 1.0,
-         "num_captions": 1, "covered": 0.0, "vague": 0.0, "seed": 0}
+         "num_captions": 1, "covered": 0.0, "vague": 0.0, "company": 0.0,
+         "seed": 0}
     )  # fmt: skip
     for one in species[::3]:
         by_mode = {}

@@ -6,7 +6,7 @@ rows with class c, and C classes:
     h_ic = y Δ_ic + (1 − y) max(0, g_c − Δ_ic)
     g_c  = margin / n_c^(1/4)                  rarer classes keep other captions further away
     w_c  = C n_c^(−q) / Σ_j n_j^(−q)           their mean is 1
-    L    = mean of w_c h_ic over classes and rows that have a caption
+    L    = mean of w_c h_ic over classes, then over rows; 0 for rows without a caption
 
 `softmargin` is all of it, `weighted` has one margin for all classes, `hinge` also no weights, and
 `nn_hinge` is the plain hinge embedding loss (no weights, margin 1).
@@ -97,10 +97,14 @@ class ClassSpecificEmbedding(nn.Module):
         return self.weights * (wanted * distances + (1 - wanted) * away)
 
     def forward(self, distances: Distances, targets: Tensor) -> Tensor:
-        """0-d float32 mean of the terms whose distance is valid; 0 if none is."""
+        """0-d float32 mean over rows of each row's mean over classes with a valid distance.
+
+        Rows without one count as 0, so that the loss of a batch is the mean of those of its parts.
+        """
         terms = self.terms(distances.values, targets)
         valid = distances.valid.expand_as(terms)
-        return torch.where(valid, terms, 0.0).sum() / valid.sum().clamp(min=1)
+        rows = torch.where(valid, terms, 0.0).sum(1) / valid.sum(1).clamp(min=1)
+        return rows.mean()
 
 
 def sentence_distances(captions: Tensor, class_vectors: Tensor) -> Distances:

@@ -52,8 +52,13 @@ def test_terms_follow_the_equations(variant: Variant, margin: float, power: floa
     found = loss.terms(distances, targets)
     np.testing.assert_allclose(found.numpy(), expected, rtol=2e-6, atol=1e-7)
     valid = torch.rand(30, len(COUNTS), generator=torch.Generator().manual_seed(1)) < 0.5
+    valid[4] = False  # a row without a caption
+    rows = [
+        row[held].mean() if held.any() else 0.0
+        for row, held in zip(expected, valid.numpy(), strict=True)
+    ]
     mean = loss(Distances(distances, valid), targets)
-    assert mean.item() == pytest.approx(expected[valid.numpy()].mean(), rel=1e-5)
+    assert mean.item() == pytest.approx(np.mean(rows), rel=1e-5)
 
 
 def test_another_margin_and_class_indices_as_targets() -> None:
@@ -157,7 +162,19 @@ def test_sentence_distance_is_one_minus_cosine_and_skips_rows_without_caption() 
     loss = ClassSpecificEmbedding(COUNTS)
     targets = torch.ones(4, 5)
     without = sentence_distances(captions[[0, 1, 3]], vectors)
-    torch.testing.assert_close(loss(found, targets), loss(without, targets[:3]))
+    torch.testing.assert_close(4 * loss(found, targets), 3 * loss(without, targets[:3]))
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts() -> None:
+    distances, targets = distances_and_targets()
+    valid = torch.rand(30, len(COUNTS), generator=torch.Generator().manual_seed(1)) < 0.3
+    loss = ClassSpecificEmbedding(COUNTS)
+    parts = [
+        loss(Distances(distances[rows], valid[rows]), targets[rows])
+        for rows in (slice(0, 10), slice(10, 30))
+    ]
+    whole = loss(Distances(distances, valid), targets)
+    torch.testing.assert_close(whole, (10 * parts[0] + 20 * parts[1]) / 30)
 
 
 def test_gradients_of_both_distances_are_those_of_finite_differences() -> None:

@@ -25,7 +25,7 @@ from featcache.errors import ConfigError
 from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.base import Loss
 from heads.members import Member, MemberConfig, merged_arrays
-from heads.mlp import Mlp, RowScale, present
+from heads.mlp import OPTIM_DEFAULTS, Mlp, RowScale, present
 from heads.models.naive import ARRAYS, Feature
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ class BoostConfig(HeadConfig):
     """A trained head, frozen, and a network that adds to its logits."""
 
     takes_loss: ClassVar[bool] = True
-    optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
-        lr=1e-3, weight_decay=0.01, epochs=100, batch_size=1024
-    )
+    optim_defaults: ClassVar[OptimDefaults] = OPTIM_DEFAULTS
 
     kind: Literal["boost"] = "boost"
     """Head kind."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.base import Loss
-from heads.mlp import Mlp, RowScale, RowScaling
+from heads.mlp import OPTIM_DEFAULTS, Mlp, RowScale, RowScaling
 
 Feature = Literal["projected", "pooled", "multimodal", "text"]
 ARRAYS: Mapping[Feature, str] = {
@@ -32,9 +32,7 @@ class NaiveConfig(HeadConfig):
     """Linear, ReLU, linear on the vector of one modality."""
 
     takes_loss: ClassVar[bool] = True
-    optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
-        lr=1e-3, weight_decay=0.01, epochs=100, batch_size=1024
-    )
+    optim_defaults: ClassVar[OptimDefaults] = OPTIM_DEFAULTS
 
     kind: Literal["naive"] = "naive"
     """Head kind."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.losses.base import Loss
-from heads.mlp import Mlp, RowScale, present
+from heads.mlp import OPTIM_DEFAULTS, Mlp, RowScale, present
 
 Modality = Literal["image", "text", "multimodal"]
 
@@ -31,9 +31,7 @@ class RoutedConfig(HeadConfig):
     """Options that every head with a router shares."""
 
     takes_loss: ClassVar[bool] = True
-    optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
-        lr=1e-3, weight_decay=0.01, epochs=100, batch_size=1024
-    )
+    optim_defaults: ClassVar[OptimDefaults] = OPTIM_DEFAULTS
 
     modalities: tuple[Modality, ...] = Field(default=("image", "text"), min_length=2, max_length=3)
     """Two or three of image, text (the captions) and multimodal (the joint encoder's vector of

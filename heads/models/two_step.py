@@ -11,7 +11,8 @@ optimiser takes one step a batch, and only epochs of stage 2 can be picked as th
 
 Reference: systems "MultiCLIP" (multi-label image and caption classification), its `clip_two_step`.
 Departures: the validation metric decides, never a training one; each row's modalities train their
-own classifier alone, in one step; stage 1 has a longest duration, so that stage 2 always comes.
+own classifier alone, in one step; three epochs without a gain end stage 1, not one, or its longest
+duration does, so that stage 2 always comes.
 """
 
 import math
@@ -38,8 +39,9 @@ class TwoStepConfig(RoutedConfig):
     min_gain: NonNegativeFloat = 0.01
     """Gain of a classifier's validation metric (top-1 or mAP, 0..1) below which an epoch counts as
     without progress, 0 or more."""
-    stage_patience: PositiveInt = 1
-    """Epochs without progress in a row after which a classifier is done, 1 or more."""
+    stage_patience: PositiveInt = 3
+    """Epochs without progress in a row after which a classifier is done, 1 or more; 1, as in the
+    paper, leaves classifiers half trained where an epoch is few steps."""
     longest_first_stage: float = Field(default=0.5, gt=0, lt=1)
     """Share of all epochs after which stage 2 begins in any case, 0..1."""
     head_lr_factor: NonNegativeFloat = 0.0

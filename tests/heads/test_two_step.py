@@ -17,6 +17,7 @@ WIDTHS = {"image/projected": 6, "text/projected": 4}
 
 def build(seed: int = 0, **options: object) -> TwoStep:
     torch.manual_seed(seed)
+    options = {"stage_patience": 1, **options}
     return TwoStepConfig(**options).build(toy_spec(WIDTHS))  # type: ignore[arg-type]
 
 

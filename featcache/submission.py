@@ -17,18 +17,16 @@ import pandas as pd
 from featcache.config import Config, run_job
 from featcache.datasets.kaggle_records import read_records
 from featcache.errors import ConfigError, DatasetError
+from featcache.prediction_table import read_predictions
 from featcache.reader import open_cache
 from featcache.storage import CachePath
-
-SEPARATOR = "; "
-"""Between the classes of a cell in a table of predictions."""
 
 
 class SubmissionConfig(Config):
     """Writes predictions as a Kaggle submission."""
 
     predictions: Path
-    """Table that heads.predict wrote, .csv or .parquet."""
+    """Table that heads.predict wrote, .csv, .parquet or .json."""
     cache: CachePath
     """Cache of the dataset; its class table maps class names to label ids."""
     order: Path | None = None
@@ -42,16 +40,11 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
     """Writes and returns the submission.
 
     Raises:
-        ConfigError: if the predictions' table has other columns.
+        ConfigError: if there is no table of predictions, or it has other columns.
         DatasetError: if no image of the order was predicted.
     """
-    file = config.predictions
-    if not file.is_file():
-        raise ConfigError(f"predictions: no such file: {file}; python -m heads.predict writes one")
-    table = pd.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
-    if not {"id", "class_1"} <= set(table.columns):
-        raise ConfigError(f"{file}: expected columns id and class_1, as heads.predict writes them")
     classes = open_cache(config.cache, verify=False, allow_incomplete=True).classes
+    table = read_predictions(config.predictions, [str(name) for name in classes["name"]])
     labels = labels_of(table, classes)
     order = list(labels) if config.order is None else read_order(config.order)
     frame = submission(order, labels)
@@ -60,18 +53,13 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
     return frame
 
 
-def _read_csv(file: Path) -> pd.DataFrame:
-    """Cells as they are written: a class may be called "None" or "NA"."""
-    return pd.read_csv(file, dtype=str, keep_default_na=False)
-
-
 def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]]:
     """Label ids by row id, from a table of predictions.
 
     Where no class reaches the threshold, the best one counts: every image has a label there.
 
     Args:
-        table: as `heads.predict` writes it.
+        table: as `heads.predict` makes it, `classes` being lists of names.
         classes: class table; column `label_id`, or names that are numbers.
 
     Raises:
@@ -85,16 +73,15 @@ def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]
             "names are no numbers; submissions are for datasets of kind kaggle_csv"
         )
     label_id = dict(zip(names, map(int, numbers), strict=True))
-    above = table["classes"] if "classes" in table.columns else pd.Series([""] * len(table))
+    above = table["classes"] if "classes" in table.columns else [[]] * len(table)
     found = {}
-    for name, cell, best in zip(table["id"], above, table["class_1"], strict=True):
-        chosen = cell.split(SEPARATOR) if isinstance(cell, str) and cell else [str(best)]
+    for name, present, best in zip(table["id"], above, table["class_1"], strict=True):
+        chosen = list(present) or [str(best)]
         unknown = [one for one in chosen if one not in label_id]
         if unknown:
             raise ConfigError(
                 f"{name}: predicted class {unknown[0]!r} is none of the {len(names)} of the class "
-                'table; name the cache that the head was trained on (classes with "; " in their '
-                "names cannot be told apart)"
+                "table; name the cache that the head was trained on"
             )
         found[str(name)] = sorted(label_id[one] for one in chosen)
     return found

@@ -1,6 +1,7 @@
-"""Job: the classes that a trained head sees in cached rows or in new image files.
+"""Job: the classes that a trained head sees in cached rows or in new images with their captions.
 
 python -m heads.predict --run runs/inat2021-linear-1a2b3c --images photos --out photos.csv
+python -m heads.predict --run runs/inat2021-linear-1a2b3c --images bee.jpg
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,28 +13,32 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field, PositiveInt, model_validator
-from torch import Tensor
 
 from featcache.config import Config, run_job
+from featcache.datasets.caption_files import captions_of
 from featcache.errors import ConfigError, DatasetError
 from featcache.formats.image_names import IMAGE_SUFFIXES
 from featcache.precision import resolve_device
+from featcache.prediction_table import SUFFIXES
 from featcache.reader import Cache
 from featcache.storage import CachePath
-from featcache.submission import (
-    SEPARATOR,
-    labels_of,
-    read_order,
-    submission,
-    summary,
-    write_submission,
-)
+from featcache.submission import labels_of, read_order, submission, summary, write_submission
 from heads.base import Features
-from heads.data import FeatureTables, open_arrays
-from heads.encoding import encode_files
+from heads.data import FeatureTables, open_arrays, reads_captions
+from heads.encoding import NO_CAPTION, Captions, encode_files
 from heads.evaluate import open_known
+from heads.predictions import (
+    Rule,
+    Unreadable,
+    describe_row,
+    probabilities,
+    rule_of,
+    tabulate,
+    write_table,
+    write_unreadable,
+)
 from heads.progress import ProgressLine
-from heads.run_folder import LoadedRun, RunError, Weights, load_run, write_atomic
+from heads.run_folder import LoadedRun, Weights, load_run
 
 
 class PredictConfig(Config):
@@ -52,8 +57,12 @@ class PredictConfig(Config):
     """Split of the cache; unset = all rows of `cache`."""
     images: Path | None = None
     """Image file, or folder that is searched with its sub-folders; or give `cache` or `split`."""
-    out: Path
-    """Table to write: .csv or .parquet."""
+    captions: Path | None = None
+    """Captions of the images, for heads that read them: a .csv, .tsv or .parquet with columns path
+    and caption, or a list with `path caption` on each line; paths as below `images`."""
+    out: Path | None = None
+    """Table to write: .csv, .parquet or .json (a list of records); unset = none, for a single image
+    whose classes are printed anyway."""
     submission: Path | None = None
     """Write `ImageID,Labels` there too, with the original label ids of a kaggle_csv dataset."""
     submission_order: Path | None = None
@@ -61,8 +70,9 @@ class PredictConfig(Config):
     of the rows predicted."""
     top_k: PositiveInt = 5
     """Classes listed for each row, best first, 1 or more."""
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Probability from which on a class counts as present in a multi-label set, 0..1."""
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    """Probability from which on a class counts as present in a multi-label set, 0..1; unset = 0.5,
+    and no statement about it for heads that only rank (zero_shot without cosine_threshold)."""
     num_readers: PositiveInt = 2
     """Threads that decode images, 1 or more."""
     device: str = "auto"
@@ -84,18 +94,16 @@ class PredictConfig(Config):
             raise ValueError(f"join={[str(one) for one in self.join]} needs cache")
         if self.submission_order is not None and self.submission is None:
             raise ValueError(f"submission_order={self.submission_order} needs submission")
-        if self.out.suffix not in (".csv", ".parquet"):
-            raise ValueError(f"out={self.out} has to end with .csv or .parquet")
+        if self.captions is not None and self.images is None:
+            raise ValueError(f"captions={self.captions} needs images; a cache has its own")
+        if self.out is not None and self.out.suffix not in SUFFIXES:
+            raise ValueError(f"out={self.out} has to end with {', '.join(SUFFIXES)}")
+        if self.out is None and (self.images is None or self.images.is_dir()):
+            raise ValueError(
+                "out is unset; name a table to write, such as predictions.csv (a single image does "
+                "without)"
+            )
         return self
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A row that could not be predicted, and why."""
-
-    id: str
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -103,13 +111,12 @@ class PredictReport:
     """What was predicted.
 
     Attributes:
-        out: the table.
-        table: one line a row: id, path, class_1, probability_1, class_2, …; in a multi-label set
-            also `classes`, all above the threshold.
+        out: where the table was written; None = nowhere.
+        table: one line a row; see `heads.predictions.tabulate`.
         unreadable: rows that are not in the table, and why.
     """
 
-    out: Path
+    out: Path | None
     table: pd.DataFrame
     unreadable: list[Unreadable]
 
@@ -118,39 +125,32 @@ def run(config: PredictConfig) -> PredictReport:
     """Predicts and writes the table; unreadable rows go to `<out>.unreadable.csv`, with reasons."""
     device = resolve_device(config.device)
     loaded = load_run(config.run, device, config.weights)
+    rule = rule_of(loaded, config.top_k, config.threshold)
     order = None if config.submission_order is None else read_order(config.submission_order)
     if config.images is None:
         cache = open_known(loaded, config.cache, config.join, config.quiet)
         rows = _cache_rows(cache, config.split)
         order = [cache.ids[row] for row in rows] if order is None else order
-        frame, unreadable = predict_cache(loaded, cache, rows, config.top_k, config.threshold)
+        frame, unreadable = predict_cache(loaded, cache, rows, rule)
     else:
         files = find_images(config.images)
-        root = config.images if config.images.is_dir() else config.images.parent
         order = files if order is None else order
         frame, unreadable = predict_images(
             loaded,
-            root,
+            config.images if config.images.is_dir() else config.images.parent,
             files,
-            top_k=config.top_k,
-            threshold=config.threshold,
+            rule,
+            captions=_captions(loaded, config, files),
             device=device,
             num_readers=config.num_readers,
             progress=ProgressLine(config.quiet),
         )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    _write_table(config.out, frame)
-    failures = config.out.with_name(config.out.name + ".unreadable.csv")
-    failures.unlink(missing_ok=True)
-    if unreadable:
-        lines = pd.DataFrame([vars(one) for one in unreadable])
-        write_atomic(failures, lines.to_csv(index=False).encode())
+    if config.out is not None:
+        write_table(config.out, frame, loaded.class_names)
+        failures = config.out.with_name(config.out.name + ".unreadable.csv")
+        write_unreadable(failures, unreadable)
     if not config.quiet:
-        print(f"{len(frame):,} rows predicted: {config.out}")
-        if unreadable:
-            first = unreadable[0]
-            print(f"{len(unreadable):,} unreadable, not predicted: {failures}")
-            print(f"  the first: {first.path} ({first.reason})")
+        _show(config, loaded, rule, frame, unreadable)
     if unreadable and frame.empty:
         raise DatasetError(
             f"none of {len(unreadable)} images could be read, nothing was predicted; the first is "
@@ -169,10 +169,15 @@ def predict_cache(
     run: LoadedRun,
     cache: Cache,
     rows: np.ndarray[Any, np.dtype[np.int64]],
-    top_k: int = 5,
-    threshold: float = 0.5,
+    rule: Rule | None = None,
 ) -> tuple[pd.DataFrame, list[Unreadable]]:
     """Predictions for rows of a cache; see `PredictReport.table`.
+
+    Args:
+        run: trained head.
+        cache: where the rows are.
+        rows: their numbers.
+        rule: how scores become statements; default as `rule_of` without a stated threshold.
 
     Raises:
         CacheMismatchError: if the cache's classes, backbone or preprocessing are others than those
@@ -185,22 +190,16 @@ def predict_cache(
     readable = valid if arrays.readable is None else valid & arrays.readable[rows]
     good = rows[readable]
     table = FeatureTables(arrays, good, device)
-    frame = _frame(
+    frame = tabulate(
         run,
         [cache.ids[row] for row in good],
         [cache.paths[row] for row in good],
-        _scores(run, (table.slice(*span) for span in table.spans(len(run.classes)))),
-        top_k,
-        threshold,
+        probabilities(run, (table.slice(*span) for span in table.spans(len(run.classes)))),
+        rule or rule_of(run, Rule.top_k, None),
     )
+    unread = "unreadable when the cache was extracted"
     bad = [
-        Unreadable(
-            cache.ids[row],
-            cache.paths[row],
-            "no caption, and the head reads nothing else"
-            if cache.valid[row]
-            else "unreadable when the cache was extracted",
-        )
+        Unreadable(cache.ids[row], cache.paths[row], NO_CAPTION if cache.valid[row] else unread)
         for row in rows[~readable]
     ]
     return frame, bad
@@ -210,9 +209,9 @@ def predict_images(
     run: LoadedRun,
     root: Path,
     files: Sequence[str],
+    rule: Rule | None = None,
     *,
-    top_k: int = 5,
-    threshold: float = 0.5,
+    captions: Captions | None = None,
     device: torch.device | None = None,
     num_readers: int = 2,
     progress: ProgressLine | None = None,
@@ -223,8 +222,9 @@ def predict_images(
         run: trained head, on `device`.
         root: folder that `files` start from.
         files: relative paths; they are the ids too.
-        top_k: classes listed.
-        threshold: see `PredictConfig.threshold`.
+        rule: see `predict_cache`.
+        captions: of the files, for heads that read captions; a file without any is scored by what
+            the head reads besides, and is unreadable if there is nothing.
         device: where to encode; default the CPU.
         num_readers: decoding threads.
         progress: shows how far it is; default nothing.
@@ -239,17 +239,18 @@ def predict_images(
     good: list[str] = []
 
     def features() -> Iterator[Features]:
-        for batch in encode_files(run, root, files, device, num_readers):
+        for batch in encode_files(run, root, files, device, num_readers, captions):
             bad.extend(
                 Unreadable(files[row], files[row], reason)
                 for row, reason in sorted(batch.reasons.items())
             )
             good.extend(files[row] for row in batch.rows)
             progress.show(f"{batch.stop:,} of {len(files):,} images")
-            yield (batch.features,)
+            yield batch.features
 
     # `good` fills up while the scores are drawn.
-    frame = _frame(run, good, good, _scores(run, features()), top_k, threshold)
+    scores = probabilities(run, features())
+    frame = tabulate(run, good, good, scores, rule or rule_of(run, Rule.top_k, None))
     progress.close()
     return frame, bad
 
@@ -275,46 +276,53 @@ def find_images(path: Path) -> list[str]:
     return sorted(found)
 
 
-@torch.inference_mode()
-def _scores(run: LoadedRun, batches: Iterator[Features]) -> Iterator[Tensor]:
-    """Probabilities of each batch, on the CPU."""
-    for features in batches:
-        if not len(features[0]):
-            continue
-        logits = run.head(*features)
-        if not torch.isfinite(logits).all():
-            raise RunError(f"{run.path}: the head gives NaN or infinite scores; train it again")
-        probabilities = logits.sigmoid() if run.task == "multi_label" else logits.softmax(1)
-        yield probabilities.cpu()
+def _captions(run: LoadedRun, config: PredictConfig, files: Sequence[str]) -> Captions | None:
+    """The captions of the files.
+
+    Raises:
+        ConfigError: if the head reads none, or nothing else and there are none.
+        DatasetError: if the file has none of them.
+    """
+    reading = [name for name in run.features if reads_captions(name)]
+    if config.captions is None:
+        if len(reading) == len(run.features):
+            raise ConfigError(
+                f"images: the head in {run.path} reads captions ({', '.join(reading)}), and image "
+                "files have none; give --captions, a table with columns path and caption"
+            )
+        if reading and not config.quiet:
+            print("no --captions: the head reads them too, and scores the images alone")
+        return None
+    if not reading:
+        raise ConfigError(
+            f"captions={config.captions}: the head in {run.path} reads {', '.join(run.features)}, "
+            "no captions; leave it out"
+        )
+    return captions_of(config.captions, set(files))
 
 
-def _frame(
+def _show(
+    config: PredictConfig,
     run: LoadedRun,
-    ids: list[str],
-    paths: list[str],
-    probabilities: Iterator[Tensor],
-    top_k: int,
-    threshold: float,
-) -> pd.DataFrame:
-    names = np.asarray(run.class_names, dtype=object)
-    top_k = min(top_k, len(names))
-    order, best, present = [], [], []
-    for batch in probabilities:
-        # Stable, so that equal probabilities come in class order.
-        ranked = batch.sort(stable=True, dim=1, descending=True)
-        order.append(ranked.indices[:, :top_k].numpy())
-        best.append(ranked.values[:, :top_k].numpy())
-        if run.task == "multi_label":
-            present += [SEPARATOR.join(names[row]) for row in (batch >= threshold).numpy()]
-    index = np.concatenate(order) if order else np.zeros((0, top_k), np.int64)
-    values = np.concatenate(best) if best else np.zeros((0, top_k), np.float32)
-    columns: dict[str, Any] = {"id": ids, "path": paths}
-    if run.task == "multi_label":
-        columns["classes"] = present
-    for rank in range(top_k):
-        columns[f"class_{rank + 1}"] = names[index[:, rank]]
-        columns[f"probability_{rank + 1}"] = values[:, rank]
-    return pd.DataFrame(columns)
+    rule: Rule,
+    frame: pd.DataFrame,
+    unreadable: Sequence[Unreadable],
+) -> None:
+    """Prints what was predicted."""
+    if config.images is not None and config.images.is_file() and len(frame):
+        print(describe_row(frame.iloc[0]))
+    if config.out is not None:
+        print(f"{len(frame):,} rows predicted: {config.out}")
+    if run.task == "multi_label" and rule.thresholds is None:
+        print(
+            "no column classes: the head's scores rank, and do not say from where on a class is "
+            "present; --threshold states that, or train with --head.cosine_threshold"
+        )
+    if unreadable:
+        first = unreadable[0]
+        where = "" if config.out is None else f": {config.out}.unreadable.csv"
+        print(f"{len(unreadable):,} unreadable, not predicted{where}")
+        print(f"  the first: {first.path} ({first.reason})")
 
 
 def _cache_rows(cache: Cache, split: str | None) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -324,13 +332,6 @@ def _cache_rows(cache: Cache, split: str | None) -> np.ndarray[Any, np.dtype[np.
     cache.rows(split)  # raises for an unknown split
     start, stop = cache.attributes["splits"][split]
     return np.arange(start, stop, dtype=np.int64)
-
-
-def _write_table(path: Path, frame: pd.DataFrame) -> None:
-    if path.suffix == ".csv":
-        write_atomic(path, frame.to_csv(index=False, float_format="%.6g").encode())
-    else:
-        write_atomic(path, frame.to_parquet(index=False))
 
 
 if __name__ == "__main__":

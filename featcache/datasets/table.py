@@ -71,7 +71,7 @@ class TableConfig(SplitConfig):
         columns = self._columns(table)
         paths = [_relative(text, root, table, row) for row, text in enumerate(table[columns.path])]
         ids = paths if columns.id is None else [_text(value) for value in table[columns.id]]
-        captions = _captions(table, columns.captions)
+        captions = caption_lists(table, columns.captions)
         splits = None if columns.split is None else _split_names(table, columns.split)
         found = self._labels(table, columns)
         if self.repeated_rows == "captions":
@@ -367,7 +367,8 @@ def _relative(value: Any, root: Path, table: Table, row: int) -> str:
         table.fail(f"{text} is outside {root}; set dataset.root to a folder above it", row)
 
 
-def _captions(table: Table, columns: Sequence[str]) -> list[list[str]] | None:
+def caption_lists(table: Table, columns: Sequence[str]) -> list[list[str]] | None:
+    """Each row's captions: cells hold one each or a JSON list of several; None without columns."""
     if not columns:
         return None
     captions: list[list[str]] = [[] for _ in range(len(table))]

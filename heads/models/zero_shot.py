@@ -48,8 +48,8 @@ class ZeroShotConfig(HeadConfig):
     """Multiplier of the cosines, > 0; unset = the backbone's own (100 for CLIP)."""
     cosine_threshold: float | None = Field(default=None, ge=-1, le=1)
     """Cosine that becomes probability 0.5 in a multi-label set, -1..1; rankings ignore it. Unset =
-    0.25 in predictions, a guess: metrics that need a threshold (precision, recall, F1) are left
-    out then."""
+    0.25 in probabilities, a guess: metrics that need a threshold (precision, recall, F1) are left
+    out then, and predictions only rank."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,8 +23,12 @@ from featcache.reader import open_cache
 from featcache.text_input import picture_of
 from featcache.verify import VerifyConfig
 from featcache.verify import run as verify
+from heads.data import FeatureTables, open_arrays
+from heads.encoding import encode_files
+from heads.models.linear import LinearConfig
 from heads.predict import PredictConfig
 from heads.predict import run as predict
+from heads.run_folder import Member
 from heads.train import TrainConfig
 from heads.train import run as train
 
@@ -301,9 +306,7 @@ def test_heads_run_on_a_blip_cache(make, captioned, tmp_path, capsys):
     assert joint.metrics["num_train_rows"] == captioned_rows[:10].sum() < 10
 
 
-def test_a_head_on_joint_features_predicts_cached_rows_only(make, captioned, tmp_path):
-    lines = captioned.read_text().replace('"[]"', '"[""a dog""]"')
-    captioned.write_text(lines)
+def test_a_head_on_joint_features_predicts_cached_rows_and_new_images(make, captioned, tmp_path):
     config = make(features={"multimodal": "pooled"})
     run(config)
     values = {"cache": str(config.cache), "device": "cpu", "val_split": "val", "quiet": True}
@@ -315,16 +318,80 @@ def test_a_head_on_joint_features_predicts_cached_rows_only(make, captioned, tmp
     cached = PredictConfig.model_validate(
         {**asked, "cache": str(config.cache), "out": str(tmp_path / "cached.csv")}
     )
-    assert len(predict(cached).table) == 14
+    rows = predict(cached)
+    assert (len(rows.table), len(rows.unreadable)) == (9, 5)
     other = make("raw", features={"multimodal": "pooled", "text_policy": "raw"})
     run(other)
     with pytest.raises(CacheMismatchError, match=r"features.text_policy differs: .* 'raw', the h"):
         predict(cached.model_copy(update={"cache": str(other.cache)}))
     files = PredictConfig.model_validate(
-        {**asked, "images": str(captioned.parent / "val"), "out": str(tmp_path / "files.csv")}
+        {**asked, "images": str(captioned.parent), "out": str(tmp_path / "files.csv")}
     )
-    with pytest.raises(ConfigError, match="image files have none"):
+    with pytest.raises(ConfigError, match=r"reads captions .* give --captions"):
         predict(files)
+    found = predict(files.model_copy(update={"captions": captioned}))
+    assert [one.path for one in found.unreadable] == [one.path for one in rows.unreadable]
+    one, other = (
+        {row.path: (row.class_1, row.probability_1) for row in frame.itertuples()}
+        for frame in (rows.table, found.table)
+    )
+    assert one.keys() == other.keys()
+    for path, (name, probability) in one.items():
+        assert other[path][0] == name
+        assert other[path][1] == pytest.approx(probability, rel=2e-3)
+
+
+@pytest.mark.parametrize("policy", ["auto", "my_capitals:loud"])
+def test_new_images_and_captions_are_encoded_as_every_array_of_a_cache(
+    make, captioned, tmp_path, monkeypatch, policy
+):
+    source = tmp_path / "my_capitals.py"
+    source.write_text("def loud(captions):\n    return [text.upper() for text in captions]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = {"projected": True, "pooled": True, "tokens": "grid:2", "token_dtype": "int8"}
+    config = make(features={**features, "multimodal": "states", "text_policy": policy})
+    run(config)
+    cache = open_cache(config.cache)
+    names = ("image/projected", "image/tokens", "text/projected", *NAMES[:3], "image/pooled")
+
+    class Everything(LinearConfig):
+        def arrays(self):
+            return names
+
+    arrays = open_arrays(cache, Everything())
+    expected = FeatureTables(arrays, np.arange(14), torch.device("cpu")).slice(0, 14)
+    member = Member("", "x", "", cache.identity, cache.attributes["backbone"])
+    loaded = SimpleNamespace(
+        path=tmp_path, features=dict.fromkeys(names, 0), members=[member], record={}
+    )
+    offsets, texts = cache.captions
+    captions = {
+        path: texts[offsets[row] : offsets[row + 1]] for row, path in enumerate(cache.paths)
+    }
+    monkeypatch.setattr("heads.encoding.IMAGE_BATCH", 4)
+    batches = [
+        *encode_files(loaded, captioned.parent, cache.paths, torch.device("cpu"), 2, captions)
+    ]
+    assert [row for one in batches for row in one.rows] == list(range(14))
+    found = [torch.cat(parts) for parts in zip(*(one.features for one in batches), strict=True)]
+    for name, have, want in zip(names, found, expected, strict=True):
+        assert have.dtype == want.dtype, name
+        assert have.shape == want.shape, name
+        if name == "image/multimodal_mask":
+            assert torch.equal(have, want)
+            continue
+        if name == "image/multimodal":  # what stands behind a text's end means nothing
+            mask = expected[names.index("image/multimodal_mask")]
+            have, want = have[mask], want[mask]
+        torch.testing.assert_close(have, want, rtol=5e-3, atol=5e-3, msg=name)
+    without = (np.diff(offsets) == 0).nonzero()[0]
+    assert len(without)
+    assert not found[names.index("image/multimodal")][without].any()
+    assert not found[names.index("text/projected")][without].any()
+    if policy != "auto":
+        source.write_text("def loud(captions):\n    return captions\n")
+        with pytest.raises(CacheMismatchError, match=r"text_policy differs: .*put it back, or"):
+            next(encode_files(loaded, captioned.parent, cache.paths, torch.device("cpu"), 2))
 
 
 def test_readers_of_a_cache_know_the_joint_arrays(make, tmp_path):

@@ -1,0 +1,142 @@
+"""Scores as a table: the best classes of each row, and those that count as present."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor
+
+from featcache.prediction_table import table_bytes
+from heads.base import Features
+from heads.run_folder import LoadedRun, RunError, write_atomic
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that could not be predicted, and why."""
+
+    id: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How scores become statements.
+
+    Attributes:
+        top_k: classes listed, best first.
+        thresholds: probability from which on a class counts as present, one for all or (C,); None
+            where none can be said.
+    """
+
+    top_k: int = 5
+    thresholds: float | npt.NDArray[np.floating] | None = 0.5
+
+
+def rule_of(run: LoadedRun, top_k: int, threshold: float | None) -> Rule:
+    """The rule that options mean for a head.
+
+    Args:
+        run: trained head.
+        top_k: classes listed.
+        threshold: stated by the user; None = 0.5, unless the head's logits only rank, in which case
+            no class can be said to be present.
+    """
+    if run.task != "multi_label":
+        return Rule(top_k, None)
+    if threshold is None:
+        return Rule(top_k, 0.5 if run.head.has_probabilities else None)
+    return Rule(top_k, threshold)
+
+
+@torch.inference_mode()
+def probabilities(run: LoadedRun, batches: Iterator[Features]) -> Iterator[Tensor]:
+    """(b, C) probabilities of each batch that has rows, on the CPU.
+
+    Raises:
+        RunError: if a score is NaN or infinite.
+    """
+    for features in batches:
+        if not len(features[0]):
+            continue
+        logits = run.head(*features)
+        if not torch.isfinite(logits).all():
+            raise RunError(f"{run.path}: the head gives NaN or infinite scores; train it again")
+        scores = logits.sigmoid() if run.task == "multi_label" else logits.softmax(1)
+        yield scores.cpu()
+
+
+def tabulate(
+    run: LoadedRun,
+    ids: Sequence[str],
+    paths: Sequence[str],
+    scores: Iterator[Tensor],
+    rule: Rule,
+) -> pd.DataFrame:
+    """One line a row: id, path, class_1, probability_1, class_2, ….
+
+    In a multi-label set also `classes`, a list of those at or above their threshold; left out where
+    the rule has none.
+
+    Args:
+        run: trained head.
+        ids: of the rows; read when all scores have been drawn.
+        paths: likewise.
+        scores: see `probabilities`.
+        rule: how they become statements.
+    """
+    names = np.asarray(run.class_names, dtype=object)
+    top_k = min(rule.top_k, len(names))
+    order, best, present = [], [], list[list[str]]()
+    says_present = run.task == "multi_label" and rule.thresholds is not None
+    for batch in scores:
+        # Stable, so that equal probabilities come in class order.
+        ranked = batch.sort(stable=True, dim=1, descending=True)
+        order.append(ranked.indices[:, :top_k].numpy())
+        best.append(ranked.values[:, :top_k].numpy())
+        if says_present:
+            present += [names[row].tolist() for row in batch.numpy() >= rule.thresholds]
+    index = np.concatenate(order) if order else np.zeros((0, top_k), np.int64)
+    values = np.concatenate(best) if best else np.zeros((0, top_k), np.float32)
+    columns: dict[str, Any] = {"id": list(ids), "path": list(paths)}
+    if says_present:
+        columns["classes"] = present
+    for rank in range(top_k):
+        columns[f"class_{rank + 1}"] = names[index[:, rank]]
+        columns[f"probability_{rank + 1}"] = values[:, rank]
+    return pd.DataFrame(columns)
+
+
+def write_table(file: Path, frame: pd.DataFrame, class_names: Sequence[str]) -> None:
+    """Writes what `tabulate` gives; see `featcache.prediction_table` for the kinds."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, table_bytes(frame, file.suffix, class_names))
+
+
+def write_unreadable(file: Path, unreadable: Sequence[Unreadable]) -> None:
+    """Writes id, path and reason of rows that were not predicted; no file if there are none."""
+    file.unlink(missing_ok=True)
+    if unreadable:
+        lines = pd.DataFrame([vars(one) for one in unreadable])
+        write_atomic(file, lines.to_csv(index=False).encode())
+
+
+def describe_row(row: pd.Series) -> str:
+    """The classes of one row as aligned lines; `*` marks those that count as present."""
+    ranks = range(1, 1 + sum(str(name).startswith("class_") for name in row.index))
+    names = [str(row[f"class_{rank}"]) for rank in ranks]
+    width = max(map(len, names))
+    present = set(row["classes"]) if "classes" in row.index else set()
+    lines = [
+        f"  {name:<{width}}  {row[f'probability_{rank}']:7.2%}{' *' if name in present else ''}"
+        for rank, name in zip(ranks, names, strict=True)
+    ]
+    beyond = sorted(present - set(names))
+    more = [f"  * also: {', '.join(beyond)}"] if beyond else []
+    return "\n".join([f"{row['path']}:", *lines, *more])

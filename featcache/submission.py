@@ -9,6 +9,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,7 @@ def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]
             "names are no numbers; submissions are for datasets of kind kaggle_csv"
         )
     label_id = dict(zip(names, map(int, numbers), strict=True))
-    above = table["classes"] if "classes" in table.columns else [[]] * len(table)
+    above: Any = table["classes"] if "classes" in table.columns else [[]] * len(table)
     found = {}
     for name, present, best in zip(table["id"], above, table["class_1"], strict=True):
         chosen = list(present) or [str(best)]

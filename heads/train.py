@@ -331,7 +331,7 @@ def resolve(
     return config, parts, arrays
 
 
-def build_loss(config: TrainConfig, task: str, statistics: ClassStatistics) -> Loss | None:
+def build_loss(config: TrainConfig, task: Task, statistics: ClassStatistics) -> Loss | None:
     """The loss on logits that the options mean; None for heads that bring their own.
 
     Raises:

@@ -19,6 +19,7 @@ from featcache.datasets.kaggle_csv import (
 )
 from featcache.datasets.kaggle_records import read_records
 from featcache.errors import ConfigError, DatasetError
+from featcache.prediction_table import read_predictions
 
 HEAD = "ImageID,Labels,Caption"
 
@@ -246,7 +247,7 @@ def test_class_names_that_look_like_missing_cells(tmp_path: Path) -> None:
         {"id": ["1.jpg", "2.jpg"], "classes": ["NA; dog", ""], "class_1": ["dog", "None"]}
     )
     table.to_csv(tmp_path / "p.csv", index=False)
-    read = submission._read_csv(tmp_path / "p.csv")
+    read = read_predictions(tmp_path / "p.csv", classes["name"].tolist())
     assert submission.labels_of(read, classes) == {"1.jpg": [7, 9], "2.jpg": [4]}
     with pytest.raises(ConfigError, match="predicted class 'NA' is none of the 1 of the class"):
         submission.labels_of(read, classes[2:])
@@ -260,7 +261,7 @@ def test_a_submission_has_the_order_and_the_ids_of_the_test_file(
     table = pd.DataFrame(
         {
             "id": ["42.jpg", "90.jpg", "91.jpg", "7000.jpg"],
-            "classes": ["19; 2; 13", "", float("nan"), "1"],
+            "classes": [["19", "2", "13"], [], [], ["1"]],
             "class_1": ["2", "19", 3, "1"],
         }
     )

@@ -25,6 +25,7 @@ from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
 from featcache.join import open_one_or_joined
 from featcache.joined_cache import JoinedCache
+from featcache.manifest import Task
 from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import event_file, run_folder

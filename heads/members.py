@@ -89,6 +89,7 @@ class MemberConfig(Config):
             criterion=None,
             cooccurrence=None,
             support=None,
+            text_tower=None,
         )
         return Member(HEADS[self.kind].model_validate(self.options).build(own), self.arrays)
 

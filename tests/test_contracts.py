@@ -4,6 +4,7 @@ import copy
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,6 +21,7 @@ from featcache.errors import ConfigError
 from heads.base import Features, FeatureSpec, Head, HeadConfig
 from heads.losses import LOSSES, default_loss
 from heads.losses.base import ClassStatistics, Loss
+from heads.members import Member, MemberConfig
 from heads.models import HEADS
 from heads.run_folder import load_run
 
@@ -329,6 +331,30 @@ class TestHeads:
                 other = config.build(spec(task, seed=0)).eval()
                 other.load_trained_state(copy.deepcopy(dict(head.trained_state(name))))
                 torch.testing.assert_close(other(*features), logits)
+
+    def test_it_can_be_part_of_another_head(self, kind: str, task: str) -> None:
+        head, features = build(kind, task).eval(), inputs(kind, task)
+        with torch.no_grad():
+            candidate, expected = next(iter(head.candidates(*features)))
+        config = member_of(f"heads/{kind}").only(candidate)  # type: ignore[attr-defined]
+        untrained = {"criterion": None, "support": None, "text_tower": None, "mean": None}
+        loaded = config.build(replace(spec(task), **untrained, std=None, cooccurrence=None))
+        loaded.load_trained_state(head.trained_state(candidate))
+        record = MemberConfig(
+            run="x",
+            kind=kind,
+            options=config.record(),
+            arrays=dict.fromkeys(config.arrays(), DIM),
+            prompt_shape=(3, NUM_CLASSES, DIM) if config.wants_prompts() else None,
+            logit_scale=100.0,
+            weights="w",
+        )
+        copied = record.build(spec(task, seed=1))
+        copied.load_state(Member(loaded, config.arrays()).state())
+        by_name = dict(zip(config.arrays(), features, strict=True))
+        with torch.no_grad():
+            torch.testing.assert_close(copied.train()(by_name), expected)
+        assert not [p for p in copied.parameters() if p.requires_grad]
 
     def test_a_wrong_state_is_refused(self, kind: str, task: str) -> None:
         head = build(kind, task)

@@ -179,6 +179,22 @@ class Head(nn.Module, ABC):
     def give_sparse_gradients(self) -> None:
         """Told that the optimiser updates single rows: `loss` may give gradients of them alone."""
 
+    @property
+    def any_classes(self) -> bool:
+        """Whether the head can be asked for classes by name alone, see `replace_classes`."""
+        return False
+
+    def replace_classes(self, text: Tensor) -> None:
+        """Asks for other classes from now on, such as were never trained on.
+
+        Args:
+            text: (T, C', E) per-template text features of their names, made as those in training.
+
+        Raises:
+            TypeError: if the head knows the classes it was trained on only.
+        """
+        raise TypeError(f"{type(self).__name__} knows the classes it was trained on only")
+
     def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
         """Tensors that training changes, by name: what `head.safetensors` holds.
 

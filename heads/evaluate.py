@@ -37,6 +37,7 @@ from heads.run_folder import (
     write_atomic,
     write_json,
 )
+from heads.vocabulary import for_classes_of, unseen_classes
 
 
 class MetricsConfig(Config):
@@ -331,11 +332,14 @@ def run(config: EvaluateConfig) -> Scores:
     loaded = load_run(config.run, weights=config.weights)
     path = config.cache or place(loaded.record["cache"]["path"])
     cache = open_known(loaded, config.cache, config.join)
+    device = resolve_device(config.device)
+    unseen = unseen_classes(loaded, cache)
+    loaded = for_classes_of(loaded, cache, device)
     names = cache.split_names
     split = config.split or next(
         (n for n in ("test", "val") if n in names and has_labels(labelled_part(cache, n))), names[0]
     )
-    scores = evaluate_run(loaded, cache, split, config.metrics, resolve_device(config.device))
+    scores = evaluate_run(loaded, cache, split, config.metrics, device)
     suffix = split if config.weights == "best" else f"{split}_{config.weights}"
     write_json(
         config.run / f"metrics_{suffix}.json",
@@ -345,6 +349,8 @@ def run(config: EvaluateConfig) -> Scores:
     write_atomic(table, scores.per_class.to_csv(index=False).encode())
     where = " + ".join(str(one.path) for one in cache.parts)
     print(f"{config.run}: {split} of {where}")
+    if unseen:
+        print(f"  {len(unseen)} of {cache.num_classes} classes by name alone, never trained on")
     print(metrics_table(scores.metrics))
     print(f"per class: {table}")
     return scores

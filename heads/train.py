@@ -13,13 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from featcache.backbones.prompt_tower import PromptTower
-from featcache.caption_means import unit_rows
-from featcache.class_text import class_text_features, open_cache_backbone, open_prompt_tower
+from featcache.class_text import open_prompt_tower
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
@@ -59,6 +57,7 @@ from heads.parts import (
 from heads.progress import duration
 from heads.run_folder import WEIGHTS, RunError
 from heads.shots import few_shot_parts
+from heads.vocabulary import class_prompts
 from heads.watch import EarlyStop
 
 logger = logging.getLogger(__name__)
@@ -379,14 +378,7 @@ def feature_spec(
     counts = class_counts(part, num_classes)
     prompts, templates = None, run_folder.template_list(cache, head)
     if head.wants_prompts():
-        device = table.device.type
-        features = [
-            class_text_features(one, templates, partial(open_cache_backbone, one, device))
-            for one in cache.parts
-        ]
-        if len(features) > 1:  # as the image features of joined caches
-            features = [unit_rows(one) for one in features]
-        prompts = torch.from_numpy(np.concatenate(features, axis=-1))
+        prompts = class_prompts(cache, templates, table.device.type)
     mean, std = table.statistics() if head.wants_statistics() else (None, None)
     dims = table.feature_dims
     return FeatureSpec(

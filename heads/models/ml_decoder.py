@@ -184,14 +184,7 @@ class MlDecoder(Head):
         return self.from_text is not None
 
     def replace_classes(self, text: Tensor) -> None:
-        """Asks for other classes from now on, such as were never trained on.
-
-        Args:
-            text: (T, C', E) per-template text features of their names, made as those in training.
-
-        Raises:
-            TypeError: if the queries are random, so that they stand for the trained classes only.
-        """
+        """Text queries of other classes; see `Head.replace_classes`."""
         if self.from_text is None:
             raise TypeError("random queries stand for the trained classes only; use queries=text")
         self.text = ensemble(text.to(self.text))

@@ -13,7 +13,7 @@ import torch
 from featcache.errors import BackboneError, ConfigError
 from featcache.prompts import TEMPLATES
 from featcache.reader import open_cache
-from heads import evaluate, train
+from heads import evaluate, train, vocabulary
 from heads.base import FeatureSpec
 from heads.evaluate import EvaluateConfig
 from heads.models.zero_shot import ZeroShot, ZeroShotConfig, ensemble
@@ -150,7 +150,7 @@ def trained(
     features = cache.array("image/projected").read(rows).astype(np.float64)
     labels = cache.labels(rows)
     encoder = Encoder(cache, np.stack([features[labels == c].mean(0) for c in range(5)]))
-    monkeypatch.setattr(train, "open_cache_backbone", lambda cache, device: encoder)
+    monkeypatch.setattr(vocabulary, "open_cache_backbone", lambda cache, device: encoder)
 
     def run(name: str, **options: Any) -> train.TrainReport:
         head = ZeroShotConfig(templates=[GOOD, BAD], **options)
@@ -183,7 +183,7 @@ def test_plain_cosines_have_no_metrics_at_a_threshold(
 ) -> None:
     path = make_multi()
     encoder = Encoder(open_cache(path), np.random.default_rng(8).normal(size=(6, 12)))
-    monkeypatch.setattr(train, "open_cache_backbone", lambda cache, device: encoder)
+    monkeypatch.setattr(vocabulary, "open_cache_backbone", lambda cache, device: encoder)
     found = {}
     for threshold in (None, 0.3):
         head = ZeroShotConfig(templates=[GOOD], cosine_threshold=threshold)

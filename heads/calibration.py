@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads.metrics import expected_calibration_error, multi_label_calibration_error
-from heads.run_folder import read_json, write_json
+from heads.run_folder import LoadedRun, read_json, write_json
 from heads.thresholds import search_thresholds
 
 FILE = "calibration.json"
@@ -80,6 +80,18 @@ def read_calibration(folder: Path) -> Calibration | None:
         return None
     record: dict[str, Any] = read_json(folder / FILE)
     return Calibration(**record)
+
+
+def calibration_of(run: LoadedRun) -> Calibration | None:
+    """What a loaded run's scores are calibrated by.
+
+    None for weights other than the best, and for classes other than those it was trained on: both
+    have other scores than those that were fitted.
+    """
+    trained_on = read_json(run.path / "head.json")["class_hash"]
+    if run.weights != "best" or run.record["class_hash"] != trained_on:
+        return None
+    return read_calibration(run.path)
 
 
 def fit_single_label(logits: Tensor, labels: Tensor, split: str) -> Calibration:

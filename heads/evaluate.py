@@ -4,29 +4,27 @@ python -m heads.evaluate --run runs/inat2021-linear-1a2b3c --split val
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from featcache.config import Config, run_job
-from featcache.errors import CacheMismatchError, ConfigError
+from featcache.errors import CacheMismatchError
 from featcache.join import open_joined, open_one_or_joined
 from featcache.precision import resolve_device
 from featcache.reader import Cache, open_cache
-from featcache.shot_groups import BOUNDARIES, stated_groups
 from featcache.storage import CachePath, Where, place
 from heads import metrics
 from heads.base import Head
-from heads.data import FeatureTables, open_arrays
+from heads.calibration import calibration_of
+from heads.data import FeatureTables, HeadArrays, open_arrays
 from heads.parts import Part, has_labels, labelled_part, require_labels
 from heads.run_folder import (
     LoadedRun,
@@ -37,28 +35,8 @@ from heads.run_folder import (
     write_atomic,
     write_json,
 )
+from heads.scoring import MetricsConfig, Outputs, Scores, collect, finite, metrics_table, summarise
 from heads.vocabulary import for_classes_of, unseen_classes
-
-
-class MetricsConfig(Config):
-    """How metrics are counted."""
-
-    shot_boundaries: tuple[PositiveInt, PositiveInt] | None = None
-    """Smallest number of training images of a medium and of a head class; fewer = tail. Unset = the
-    groups that the dataset states (class metadata `group`), otherwise 20 and 100."""
-    threshold: float = Field(default=0.5, gt=0, lt=1)
-    """Probability from which on a class counts as predicted (multi-label), 0..1."""
-    levels: tuple[str, ...] | None = None
-    """Class metadata columns to report accuracy for, fine to coarse; unset = genus, family, order,
-    class, phylum, kingdom, supercategory, as far as the class table has them."""
-
-    @model_validator(mode="after")
-    def _ascending(self) -> "MetricsConfig":
-        if self.shot_boundaries is not None:
-            low, high = self.shot_boundaries
-            if low >= high:
-                raise ValueError(f"shot_boundaries are {low} and {high}; the first must be lower")
-        return self
 
 
 class EvaluateConfig(Config):
@@ -84,69 +62,6 @@ class EvaluateConfig(Config):
         if self.join and self.cache is None:
             raise ValueError(f"join={[str(one) for one in self.join]} needs cache")
         return self
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Metrics of a split.
-
-    Attributes:
-        metrics: metric name -> share in 0..1 (or a count, for names that start with `num_`).
-        per_class: C rows: class, name, group (if the dataset states it), num_train, num_rows and
-            the class's own metrics.
-    """
-
-    metrics: dict[str, float]
-    per_class: pd.DataFrame
-
-
-@torch.inference_mode()
-def score_split(
-    head: Head,
-    table: FeatureTables,
-    part: Part,
-    classes: pd.DataFrame,
-    options: MetricsConfig,
-) -> Scores:
-    """All metrics of a head on the rows of `part`.
-
-    Args:
-        head: on the table's device, in evaluation mode.
-        table: features of `part.rows`.
-        part: rows with targets.
-        classes: class table with the training counts that make the shot groups.
-        options: see `MetricsConfig`.
-
-    Raises:
-        ConfigError: if a taxonomy level is not in the class table.
-        RunError: if a score is NaN or infinite.
-    """
-    counts = classes["count"].to_numpy(np.int64)
-    boundaries = options.shot_boundaries or BOUNDARIES
-    groups = stated_groups(classes) if options.shot_boundaries is None else None
-    logits = (_finite(head(*table.slice(*span)), span) for span in table.spans(len(classes)))
-    if part.targets.ndim == 2:
-        scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
-        threshold = options.threshold if head.has_probabilities else None
-        values = metrics.multi_label_metrics(
-            scores, part.targets, counts, boundaries, threshold, groups
-        )
-        return Scores(values, _multi_label_table(scores, part.targets, classes, threshold))
-    try:
-        taxonomy = metrics.Taxonomy.from_classes(classes, options.levels)
-    except KeyError as error:
-        raise ConfigError(
-            f"metrics.levels: no column {error.args[0]!r} in the class table; "
-            f"it has {', '.join(map(str, classes.columns))}"
-        ) from None
-    targets = torch.from_numpy(part.targets).to(table.device)
-    scored, start = [], 0
-    for batch in logits:
-        scored.append(metrics.score_rows(batch, targets[start : start + len(batch)], taxonomy))
-        start += len(batch)
-    rows = metrics.RowScores.concatenate(scored)
-    values = metrics.single_label_metrics(rows, counts, boundaries, taxonomy, groups)
-    return Scores(values, _single_label_table(rows, classes))
 
 
 @dataclass(frozen=True)
@@ -195,7 +110,7 @@ def score_candidates(
         monitors = dict(head.monitors(*features))
         watched |= monitors.keys()
         for name, logits in itertools.chain(head.candidates(*features), monitors.items()):
-            _finite(logits, (start, stop))
+            finite(logits, (start, stop))
             if with_loss and name not in watched:
                 loss = _summed_cross_entropy(logits, targets[start:stop])
                 losses[name] = losses.get(name, 0.0) + float(loss)
@@ -240,21 +155,6 @@ def main_metric(task: str) -> str:
     return "map" if task == "multi_label" else "top1"
 
 
-def metrics_table(values: Mapping[str, float]) -> str:
-    """Metrics as aligned lines: shares in percent, counts as they are; says what is left out."""
-    width = max(len(name) for name in values)
-    lines = [
-        f"  {name:<{width}}  " + (f"{value:>8}" if name.startswith("num_") else f"{value:8.2%}")
-        for name, value in values.items()
-    ]
-    if "map" in values and "micro_f1" not in values:
-        lines.append(
-            "  no precision, recall and F1: plain cosines say which class is likelier, not from "
-            "where on it is present; --head.cosine_threshold of heads.train says that"
-        )
-    return "\n".join(lines)
-
-
 def evaluate_run(
     run: LoadedRun, cache: Cache, split: str, options: MetricsConfig, device: torch.device
 ) -> Scores:
@@ -263,6 +163,34 @@ def evaluate_run(
     Raises:
         CacheMismatchError: naming the field in which the cache differs from the training cache.
         RunError: if the split has no labelled row.
+    """
+    outputs, lost = outputs_of(run, cache, split, options, device)
+    scores = summarise(outputs, run.classes, options, calibration_of(run))
+    if lost:
+        scores.metrics["num_without_caption"] = lost
+    return scores
+
+
+def outputs_of(
+    run: LoadedRun, cache: Cache, split: str, options: MetricsConfig, device: torch.device
+) -> tuple[Outputs, int]:
+    """What a head says about a split, and how many rows it could not read for want of a caption.
+
+    Raises:
+        CacheMismatchError, RunError: see `evaluate_run`.
+    """
+    arrays, part = open_part(run, cache, split)
+    table = FeatureTables(arrays, part.rows, device)
+    head = run.head.to(device)
+    found = collect(head, table, part, run.classes, options, calibration_of(run))
+    return found, part.without_caption
+
+
+def open_part(run: LoadedRun, cache: Cache, split: str) -> tuple[HeadArrays, Part]:
+    """The arrays that a head reads in a cache, and the labelled rows of a split.
+
+    Raises:
+        CacheMismatchError, RunError: see `evaluate_run`.
     """
     run.require_fits(cache)
     require_labels(cache)
@@ -274,11 +202,14 @@ def evaluate_run(
         raise RunError(
             f"{cache.path}: split {split!r} has no valid labelled row to evaluate on{why}"
         )
-    table = FeatureTables(arrays, part.rows, device)
-    scores = score_split(run.head.to(device), table, part, run.classes, options)
-    if lost:
-        scores.metrics["num_without_caption"] = lost
-    return scores
+    return arrays, part
+
+
+def choose_split(cache: Cache) -> str:
+    """The split that is reported unless one is named: test if it has labels, otherwise val."""
+    names = cache.split_names
+    known = (n for n in ("test", "val") if n in names and has_labels(labelled_part(cache, n)))
+    return next(known, names[0])
 
 
 def open_for(run: LoadedRun, path: Where | None, join: Sequence[Where]) -> Cache:
@@ -335,76 +266,25 @@ def run(config: EvaluateConfig) -> Scores:
     device = resolve_device(config.device)
     unseen = unseen_classes(loaded, cache)
     loaded = for_classes_of(loaded, cache, device)
-    names = cache.split_names
-    split = config.split or next(
-        (n for n in ("test", "val") if n in names and has_labels(labelled_part(cache, n))), names[0]
-    )
+    split = config.split or choose_split(cache)
     scores = evaluate_run(loaded, cache, split, config.metrics, device)
     suffix = split if config.weights == "best" else f"{split}_{config.weights}"
-    write_json(
-        config.run / f"metrics_{suffix}.json",
-        {"cache": str(path), "fingerprint": cache.fingerprint, "split": split} | scores.metrics,
-    )
+    record: dict[str, Any] = {"cache": str(path), "fingerprint": cache.fingerprint, "split": split}
+    record |= scores.metrics
+    if scores.intervals:
+        options = config.metrics
+        record["bootstrap"] = {"draws": options.bootstrap, "confidence": options.confidence}
+        record["intervals"] = {name: list(ends) for name, ends in scores.intervals.items()}
+    write_json(config.run / f"metrics_{suffix}.json", record)
     table = config.run / f"classes_{suffix}.csv"
     write_atomic(table, scores.per_class.to_csv(index=False).encode())
     where = " + ".join(str(one.path) for one in cache.parts)
     print(f"{config.run}: {split} of {where}")
     if unseen:
         print(f"  {len(unseen)} of {cache.num_classes} classes by name alone, never trained on")
-    print(metrics_table(scores.metrics))
+    print(metrics_table(scores.metrics, scores.intervals))
     print(f"per class: {table}")
     return scores
-
-
-def _finite(logits: Tensor, span: tuple[int, int]) -> Tensor:
-    if not torch.isfinite(logits).all():
-        raise RunError(
-            f"a score of rows {span[0]}..{span[1]} is NaN or infinite; the head diverged, train it "
-            "again with a lower optim.lr"
-        )
-    return logits
-
-
-def _single_label_table(rows: metrics.RowScores, classes: pd.DataFrame) -> pd.DataFrame:
-    num_classes = len(classes)
-    right = np.bincount(rows.label[rows.rank == 0], minlength=num_classes)
-    support = np.bincount(rows.label, minlength=num_classes)
-    predicted = np.bincount(rows.predicted, minlength=num_classes)
-    return _class_table(
-        classes,
-        support,
-        {
-            "num_predicted": predicted,
-            "accuracy": np.where(support > 0, right / np.maximum(support, 1), np.nan),
-            "precision": np.where(predicted > 0, right / np.maximum(predicted, 1), np.nan),
-        },
-    )
-
-
-def _multi_label_table(
-    scores: npt.NDArray[np.float32],
-    targets: npt.NDArray[np.uint8],
-    classes: pd.DataFrame,
-    threshold: float | None,
-) -> pd.DataFrame:
-    support = targets.sum(0, dtype=np.int64)
-    ranked = {"average_precision": metrics.average_precision(scores, targets)}
-    if threshold is None:
-        return _class_table(classes, support, ranked)
-    predicted = scores >= np.log(threshold / (1 - threshold))
-    precision, recall, f1 = metrics.precision_recall_f1(predicted, targets)
-    counted = {"precision": precision, "recall": recall, "f1": f1}
-    return _class_table(classes, support, {"num_predicted": predicted.sum(0), **ranked, **counted})
-
-
-def _class_table(
-    classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: dict[str, Any]
-) -> pd.DataFrame:
-    head = {"class": np.arange(len(classes)), "name": classes["name"].to_numpy()}
-    groups = stated_groups(classes)
-    stated = {} if groups is None else {"group": groups}
-    counts = {"num_train": classes["count"].to_numpy(), "num_rows": support}
-    return pd.DataFrame(head | stated | counts | columns)
 
 
 if __name__ == "__main__":

@@ -37,40 +37,67 @@ _MULTI = ("map", "map_head", "map_medium", "map_tail", "micro_f1", "macro_f1")
 
 
 def draw_curves(
-    history: Sequence[Mapping[str, Any]], path: str | Path, title: str, metric: str
+    history: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    title: str,
+    metric: str,
+    best_epoch: int | None = None,
 ) -> None:
-    """Writes loss, validation metric and learning rate over epochs as a PNG.
+    """Writes the curves of a training as a PNG; see `curves`."""
+    _write(curves(history, title, metric, best_epoch), path)
+
+
+def curves(
+    history: Sequence[Mapping[str, Any]], title: str, metric: str, best_epoch: int | None = None
+) -> Figure:
+    """Loss, validation metric and learning rate over epochs.
+
+    The validation loss stands beside the training loss where it was recorded, and what a head has
+    monitored (each modality alone, each stage) beside the validation metric.
 
     Args:
         history: records with epoch, loss, lr and `val_<metric>`, as in history.jsonl.
-        path: where the picture goes.
-        title: line above it.
+        title: line above it; "" = none.
         metric: name of the validation metric.
+        best_epoch: the one that was picked, counted from 1; None = the best by validation.
     """
     epochs = np.asarray([line["epoch"] for line in history])
     values = np.asarray([line[f"val_{metric}"] for line in history])
     loss_name = "best_loss" if "best_loss" in history[0] else "loss"
     losses = np.asarray([line[loss_name] for line in history])
     rates = np.asarray([line["lr"] for line in history])
-    best = int(values.argmax())
+    picked = int(values.argmax()) if best_epoch is None else int((epochs == best_epoch).argmax())
     figure = _figure((11.0, 3.6))
     left, middle, right = figure.subplots(1, 3)
     marker = "o" if len(epochs) < 3 else None
 
-    left.plot(epochs, losses, color=PALETTE[0], lw=2, marker=marker)
-    if losses.min() > 0 and losses.max() / losses.min() > 20:
+    left.plot(epochs, losses, color=PALETTE[0], lw=2, marker=marker, label="training")
+    drawn = losses
+    if all("val_loss" in line for line in history):
+        held_out = np.asarray([line["val_loss"] for line in history])
+        left.plot(epochs, held_out, color=PALETTE[1], lw=1.6, marker=marker, label="validation")
+        _legend(left)
+        drawn = np.concatenate([losses, held_out])
+    if drawn.min() > 0 and drawn.max() / drawn.min() > 20:
         left.set_yscale("log")
-    _dress(left, "training loss")
+    _dress(left, "loss" if len(drawn) > len(losses) else "training loss")
 
-    middle.plot(epochs, values, color=PALETTE[2], lw=2, marker=marker)
-    middle.plot(epochs[best], values[best], "o", color=PALETTE[1], ms=7, zorder=3)
+    watched = list(history[-1].get("monitors", {}))
     low, high = float(values.min()), float(values.max())
+    for index, name in enumerate(watched):
+        line = np.asarray([record.get("monitors", {}).get(name, np.nan) for record in history])
+        middle.plot(epochs, line, color=PALETTE[3 + index % 5], lw=1.2, marker=marker, label=name)
+        low, high = min(low, float(np.nanmin(line))), max(high, float(np.nanmax(line)))
+    middle.plot(epochs, values, color=PALETTE[2], lw=2, marker=marker, label="whole head")
+    middle.plot(epochs[picked], values[picked], "o", color=PALETTE[1], ms=7, zorder=3)
+    if watched:
+        _legend(middle)
     room = max(high - low, 0.01)
     middle.set_ylim(max(0.0, low - 0.08 * room), high + 0.25 * room)
-    after = best < 0.6 * len(epochs)
+    after = picked < 0.6 * len(epochs)
     middle.annotate(
-        f"{values[best]:.2%} at epoch {epochs[best]}",
-        (epochs[best], values[best]),
+        f"{values[picked]:.2%} at epoch {epochs[picked]}",
+        (epochs[picked], values[picked]),
         xytext=(8 if after else -8, 8),
         textcoords="offset points",
         ha="left" if after else "right",
@@ -88,8 +115,9 @@ def draw_curves(
     for axes in (left, middle, right):
         axes.set_xlabel("epoch", color=_MUTED)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _title(figure, title)
-    _write(figure, path)
+    if title:
+        _title(figure, title)
+    return figure
 
 
 def comparison(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -249,6 +277,10 @@ def _dress(axes: Axes, title: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_GRID)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=1.4)
 
 
 def _title(figure: Figure, title: str) -> None:

@@ -8,6 +8,8 @@ prompts.safetensors  class text features, for heads that start from them
 metrics.json      metrics of the validation and test rows, sizes, seconds
 history.jsonl     one line an epoch
 curves.png        the same as a picture
+calibration.json  temperature and thresholds fitted to the validation rows; see heads.calibration
+report.html       all of it on one page
 tensorboard/      the same as TensorBoard event files, if asked for
 last.safetensors  state of an unfinished training; gone when it is complete
 """
@@ -94,6 +96,7 @@ class LoadedRun:
         config: options of the head (of the chosen candidate, if several were trained).
         classes: class table (name, count, metadata), C rows in index order.
         record: `head.json`.
+        weights: which of the kept weights the head has.
     """
 
     path: Path
@@ -101,6 +104,7 @@ class LoadedRun:
     config: HeadConfig
     classes: pd.DataFrame
     record: dict[str, Any]
+    weights: Weights = "best"
 
     @property
     def class_names(self) -> list[str]:
@@ -265,6 +269,21 @@ def write_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in history).encode())
 
 
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """One record an epoch of a run folder; empty for heads that are not trained.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    file = folder / "history.jsonl"
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        raise RunError(f"{file}: damaged; train again with --restart") from None
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Any = None) -> None:
     """Writes tensors and plain JSON values into one safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -427,4 +446,4 @@ def load_run(
         head.load_trained_state(read_tensors(tensors).tensors)
     except ValueError as error:
         raise RunError(f"{tensors}: {error}; train again") from None
-    return LoadedRun(path, head.to(device).eval(), config, classes, record)
+    return LoadedRun(path, head.to(device).eval(), config, classes, record, weights)

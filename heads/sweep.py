@@ -41,7 +41,7 @@ from heads.progress import ProgressLine, duration
 from heads.run_folder import write_atomic
 from heads.train import TrainConfig
 
-_OWN = ("cache", "join", "run", "device", "quiet", "restart")
+_OWN = ("cache", "join", "run", "device", "quiet", "restart", "report")
 """Training options that this job sets itself."""
 
 _HELD_TABLES = 6
@@ -139,6 +139,7 @@ def run(config: SweepConfig) -> SweepReport:
             "restart": config.restart,
             "device": config.device,
             "quiet": True,
+            "report": False,  # a second each; heads.report writes the page of one worth a look
         }
         outcome = _train(cache, folder, values, group, shelf)
         rows.append({**{path: shown(value) for path, value in options.items()}, **outcome})

@@ -32,13 +32,7 @@ from heads.base import FeatureSpec, HeadConfig
 from heads.checkpoint import CHECKPOINT
 from heads.data import FeatureTables, HeadArrays, open_arrays
 from heads.distributed import Group, group_for
-from heads.evaluate import (
-    MetricsConfig,
-    main_metric,
-    metrics_table,
-    score_monitors,
-    score_split,
-)
+from heads.evaluate import main_metric
 from heads.fitting import Material, enough_threads, fit, memory_advice, untrained
 from heads.losses import AnyLoss, default_loss
 from heads.losses.base import ClassStatistics, Loss
@@ -55,7 +49,9 @@ from heads.parts import (
     require_labels,
 )
 from heads.progress import duration
+from heads.results import write_results
 from heads.run_folder import WEIGHTS, RunError
+from heads.scoring import MetricsConfig, metrics_table
 from heads.shots import few_shot_parts
 from heads.vocabulary import class_prompts
 from heads.watch import EarlyStop
@@ -75,6 +71,7 @@ _FREE = {
     "device",
     "quiet",
     "tensorboard",
+    "report",
 }
 """Options that may differ between the runs of one training: they do not change what is computed."""
 
@@ -137,6 +134,8 @@ class TrainConfig(Config):
     """Train anew even if the run folder holds a finished or interrupted training."""
     tensorboard: bool = False
     """Write the curves as TensorBoard event files too, into `tensorboard/` of the run folder."""
+    report: bool = True
+    """Write `report.html` into the run folder: metrics, curves, classes, confusions, and more."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
 
@@ -244,6 +243,9 @@ def train_on(
         run_folder.write_json(folder / "head.json", record)
         run_folder.write_tensors(folder / WEIGHTS["best"], best.state)
         run_folder.write_tensors(folder / WEIGHTS["last"], fitted.last)
+        reported = [(parts.val, val)]
+        if parts.test is not None:
+            reported.append((parts.test, load(arrays, parts.test.rows, device)))
         values: dict[str, Any] = {
             "metric": main_metric(cache.task),
             "selected_on": config.select_on,
@@ -251,30 +253,27 @@ def train_on(
             "candidate": best.candidate,
             "by_candidate": best.by_candidate,
             "val_rows_from": parts.val.name,
-            "val": score_split(final, val, parts.val, cache.classes, config.metrics).metrics,
-        }
-        monitors = {"val": score_monitors(final, val, parts.val)}
-        if parts.test is not None:
-            test = load(arrays, parts.test.rows, device)
-            scores = score_split(final, test, parts.test, cache.classes, config.metrics)
-            values["test"] = scores.metrics
-            monitors["test"] = score_monitors(final, test, parts.test)
-            csv = scores.per_class.to_csv(index=False).encode()
-            run_folder.write_atomic(folder / f"classes_{parts.test.name}.csv", csv)
-        if monitors["val"]:
-            values["monitors"] = monitors
-        values |= {
             "num_train_rows": len(parts.train),
             "num_parameters": sum(t.numel() for t in best.state.values()),
             "epochs": len(history),
             "seconds": sum(line["seconds"] for line in history),
-            "seconds_total": time.perf_counter() - started,
             "device": str(device),
         }
-        if history:
-            from heads.pictures import draw_curves  # matplotlib takes a second to import
-
-            draw_curves(history, folder / "curves.png", _title(config), values["metric"])
+        values |= write_results(
+            folder,
+            final,
+            reported,
+            options=config.metrics,
+            calibrating=config.select_on == "val",  # reported rows must not fit anything
+            seed=config.seed,
+            classes=cache.classes,
+            values=values,
+            history=history,
+            record=record,
+            config=config.record(),
+            page=config.report,
+        )
+        values["seconds_total"] = time.perf_counter() - started
         run_folder.write_json(folder / "metrics.json", values)
         (folder / CHECKPOINT).unlink(missing_ok=True)
         group.follow(values)
@@ -501,15 +500,20 @@ def _require_same(folder: Path, config: TrainConfig, cache: Cache) -> bool:
 
 def _clear(folder: Path) -> None:
     # config.yaml last: a folder without it counts as empty, one with it must be whole.
-    for pattern in ("metrics*.json", "history.jsonl", "curves.png", "*.safetensors", "config.yaml"):
+    for pattern in (
+        "metrics*.json",
+        "classes_*.csv",
+        "calibration.json",
+        "report.html",
+        "history.jsonl",
+        "curves.png",
+        "*.safetensors",
+        "config.yaml",
+    ):
         for file in folder.glob(pattern):
             file.unlink()
     for file in (folder / event_file.FOLDER).glob("events.out.tfevents.*"):
         file.unlink()
-
-
-def _title(config: TrainConfig) -> str:
-    return f"{config.head.kind} on {config.cache.name}"
 
 
 if __name__ == "__main__":

@@ -217,3 +217,9 @@ def make_multi(tmp_path: Path) -> Callable[..., Path]:
         return multi_label_cache(tmp_path / "cache" / name, **options)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings write no page, which takes a second each; tests of the page override this."""
+    monkeypatch.setattr("heads.results.write_page", lambda *parts, **options: None)

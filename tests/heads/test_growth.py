@@ -75,7 +75,7 @@ def test_a_training_on_an_earlier_state_does_not_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "score_split", interrupt)
+        patch.setattr(train, "write_results", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.run(config(cache, folder, save_every=1))
     assert (folder / train.CHECKPOINT).is_file()

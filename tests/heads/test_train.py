@@ -56,6 +56,7 @@ def test_a_linear_head_learns_and_leaves_a_whole_run_folder(make_single: CacheMa
         "head.safetensors",
         "head_last.safetensors",
         "curves.png",
+        "calibration.json",
         "classes_test.csv",
     }
     state = load_file(report.run / "head.safetensors")

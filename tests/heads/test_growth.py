@@ -71,7 +71,7 @@ def test_a_training_on_an_earlier_state_does_not_go_on(
 ) -> None:
     cache, folder = grow(0), tmp_path / "run"
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """Which rows of a cache train, decide and are reported, with their targets."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featcache.datasets import splitting
+from featcache.datasets.shots import ranks
 from featcache.errors import CacheError, ConfigError
 from featcache.reader import Cache
 
@@ -165,7 +168,9 @@ def choose_parts(
         val = labelled_part(cache, val_split, readable)
         _require_rows(val, cache)
         return Parts(train, val, test)
-    held_out = carve(train.targets, cache.num_classes, val_fraction, seed)
+    ids = cache.ids
+    named = [ids[row] for row in train.rows.tolist()]
+    held_out = carve(named, train.targets, cache.num_classes, val_fraction, seed)
     if not held_out.any():
         raise CacheError(
             f"{cache.path}: no class of split {train_split!r} has two rows, so no validation rows "
@@ -179,49 +184,39 @@ def choose_parts(
 
 
 def carve(
-    targets: npt.NDArray[Any], num_classes: int, fraction: float, seed: int
-) -> npt.NDArray[np.bool_]:
-    """(n,) mask of the rows to hold out: about `fraction` of each class, drawn by `seed`.
+    ids: Sequence[str],
+    targets: npt.NDArray[Any],
+    num_classes: int,
+    fraction: float,
+    seed: int,
+) -> Mask:
+    """(n,) mask of the rows to hold out: about `fraction` of each class, by a hash of seed and id.
 
-    Every class with at least two rows keeps at least one and gives at least one, as far as the
-    other labels of its rows allow.
+    The rule of `featcache.datasets.splitting.carve`: every class with at least two rows keeps one
+    and gives one, as far as the other labels of its rows allow. A row's side does not depend on row
+    order, and most rows keep it when others are added.
 
     Args:
+        ids: n unique row ids.
         targets: (n,) class indices or (n, C) multi-hot.
         num_classes: C.
         fraction: 0..1.
-        seed: of the draw.
+        seed: of the hash.
     """
-    rng = np.random.default_rng(seed)
-    num_rows = len(targets)
-    if targets.ndim == 1:
-        counts = np.bincount(targets, minlength=num_classes)
-        wanted = _wanted(counts, fraction)
-        order = np.lexsort((rng.random(num_rows), targets))
-        start = np.cumsum(counts) - counts
-        rank = np.empty(num_rows, np.int64)
-        rank[order] = np.arange(num_rows) - np.repeat(start, counts)
-        result: npt.NDArray[np.bool_] = rank < wanted[targets]
-        return result
-    counts = targets.sum(0, dtype=np.int64)
-    wanted = _wanted(counts, fraction)
-    left, taken = counts.copy(), np.zeros(num_classes, np.int64)
-    mask = np.zeros(num_rows, bool)
-    keys = rng.random(num_rows)
-    for c in np.argsort(counts, kind="stable"):
-        rows = np.flatnonzero((targets[:, c] > 0) & ~mask)
-        for row in rows[np.argsort(keys[rows])]:
-            if taken[c] >= wanted[c]:
-                break
-            labels = np.flatnonzero(targets[row])
-            if (left[labels] < 2).any():
-                continue  # the last training row of another class
-            mask[row] = True
-            left[labels] -= 1
-            taken[labels] += 1
-    empty = ~targets.any(1)
-    mask[empty] = keys[empty] < fraction
-    return mask
+    if targets.ndim == 2:
+        rows, values = np.nonzero(targets)
+        offsets = np.searchsorted(rows, np.arange(len(targets) + 1)).astype(np.int64)
+        return splitting.carve(ids, offsets, values.astype(np.int32), fraction, seed)
+    # One label a row: the same rule without a loop over rows, of which there may be millions.
+    counts = np.bincount(targets, minlength=num_classes)
+    share = np.rint(fraction * counts).astype(np.int64)
+    wanted = np.where(counts > 1, np.clip(share, 1, np.maximum(counts - 1, 1)), 0)
+    order = np.lexsort((ranks(ids, seed), targets))
+    start = np.cumsum(counts) - counts
+    place = np.empty(len(targets), np.int64)
+    place[order] = np.arange(len(targets)) - np.repeat(start, counts)
+    held: Mask = place < wanted[targets]
+    return held
 
 
 def class_counts(part: Part, num_classes: int) -> IntArray:
@@ -241,11 +236,6 @@ def cooccurrence(part: Part, num_classes: int) -> IntArray:
         hot = part.targets[start : start + _EXACT_ROWS].astype(np.float32)
         total += (hot.T @ hot).astype(np.int64)
     return total
-
-
-def _wanted(counts: IntArray, fraction: float) -> IntArray:
-    share = np.rint(fraction * counts).astype(np.int64)
-    return np.where(counts > 1, np.clip(share, 1, np.maximum(counts - 1, 1)), 0)
 
 
 def _require_rows(part: Part, cache: Cache) -> None:

@@ -97,7 +97,8 @@ class TrainConfig(Config):
     """Split that picks epoch and candidate; `carve` = hold rows of the training split out; unset =
     val if the cache has one, otherwise carve."""
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of each class's training rows that `carve` holds out, 0..1."""
+    """Share of each class's training rows that `carve` holds out, 0..1; by a hash of their ids, so
+    that most rows keep their side when the cache grows."""
     test_split: str | None = None
     """Split that is only reported, never decided on; unset = test if the cache has one."""
     select_on: Literal["val", "test"] = "val"

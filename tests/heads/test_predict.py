@@ -243,6 +243,24 @@ def rows_of(frame: pd.DataFrame) -> dict[str, list[float]]:
     return found
 
 
+def extract_captioned(table: Path, tiny_clip: Path, cache: Path, policy: str) -> Path:
+    """A cache of the images and captions of a table."""
+    extract.run(
+        ExtractConfig.model_validate(
+            {
+                "dataset": {"kind": "table", "file": table, "root": table.parent},
+                "backbone": {"model": f"local-dir:{tiny_clip}"},
+                "features": {"text_policy": policy},
+                "cache": cache,
+                "device": "cpu",
+                "precision": "fp32",
+                "batch_size": 4,
+            }
+        )
+    )
+    return cache
+
+
 @pytest.fixture
 def captioned(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A cache of the images with none, one or two captions each, and the table they are in."""
@@ -255,19 +273,7 @@ def captioned(image_folder: Path, tiny_clip: Path, tmp_path: Path) -> tuple[Path
     table = image_folder / "rows.csv"
     table.write_text("\n".join(lines) + "\n")
     cache = tmp_path / "cache" / "captioned"
-    extract.run(
-        ExtractConfig.model_validate(
-            {
-                "dataset": {"kind": "table", "file": table, "root": image_folder},
-                "backbone": {"model": f"local-dir:{tiny_clip}"},
-                "features": {"text_policy": "picture_of"},
-                "cache": cache,
-                "device": "cpu",
-                "batch_size": 4,
-            }
-        )
-    )
-    return cache, table
+    return extract_captioned(table, tiny_clip, cache, "picture_of"), table
 
 
 @pytest.mark.parametrize("kind", ["table", "list"])
@@ -304,6 +310,25 @@ def test_images_with_captions_are_scored_as_the_cached_rows(
     for name, values in found.items():
         same = np.allclose(without[name], values, rtol=1e-5)
         assert same == (number[name] % 3 == 0), "a caption counts exactly where there is one"
+
+
+def test_captions_of_a_join_are_read_by_every_backbone_in_its_own_way(
+    captioned: tuple[Path, Path], image_folder: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    cache, table = captioned
+    other = extract_captioned(table, tiny_clip, tmp_path / "cache" / "other", "raw")
+    head = RouterConfig(modalities=("image", "text"))
+    run = trained(cache, head=head, val_split="val", join=(other,))
+    assert load_run(run).features == {"image/projected": 64, "text/projected": 64}
+    asked = {"run": run, "out": tmp_path / "o.csv", "quiet": True}
+    rows = predict.run(PredictConfig(**asked, cache=cache, join=(other,)))
+    shutil.rmtree(cache)
+    shutil.rmtree(other)
+    files = predict.run(PredictConfig(**asked, images=image_folder, captions=table))
+    expected, found = rows_of(rows.table), rows_of(files.table)
+    assert expected.keys() == found.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=2e-3, err_msg=name)
 
 
 def test_a_head_on_captions_alone_needs_them(

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from featcache.datasets import splitting
 from featcache.errors import CacheError, ConfigError
 from featcache.reader import open_cache
 from heads import data, fitting, run_folder, train
@@ -350,16 +351,39 @@ class TestSplits:
         chances = np.asarray([0.5, 0.3, 0.1, 0.02, 0.01, 0.004])
         targets = (rng.uniform(size=(1000, 6)) < chances).astype(np.uint8)
         targets[:2, 5] = 1
-        mask = carve(targets, 6, 0.1, 0)
+        mask = carve([f"r{row}" for row in range(1000)], targets, 6, 0.1, 0)
         assert 0.05 < mask.mean() < 0.2
         for c in range(6):
             positives = targets[:, c] > 0
             assert (positives & mask).any(), c
             assert (positives & ~mask).any(), c
 
+    def test_one_label_a_row_is_carved_by_the_rule_of_the_datasets(self) -> None:
+        rng = np.random.default_rng(1)
+        targets = rng.choice(7, 400, p=[0.4, 0.3, 0.2, 0.08, 0.01, 0.005, 0.005])
+        ids = [f"image {row}.jpg" for row in range(400)]
+        offsets = np.arange(401)
+        expected = splitting.carve(ids, offsets, targets.astype(np.int32), 0.15, 3)
+        assert carve(ids, targets, 7, 0.15, 3).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("task", ["single_label", "multi_label"])
+    def test_held_out_rows_stay_when_the_cache_grows_or_is_reordered(self, task: str) -> None:
+        rng = np.random.default_rng(2)
+        ids = [f"r{row}" for row in range(600)]
+        targets = np.arange(600) % 4
+        if task == "multi_label":
+            targets = (rng.uniform(size=(600, 4)) < 0.3).astype(np.uint8)
+        before = carve(ids[:500], targets[:500], 4, 0.2, 0)
+        grown = carve(ids, targets, 4, 0.2, 0)
+        kept = before & grown[:500]
+        assert kept.sum() > 0.85 * before.sum()
+        order = rng.permutation(500)
+        shuffled = carve([ids[row] for row in order], targets[order], 4, 0.2, 0)
+        assert shuffled.tolist() == before[order].tolist()
+
     def test_a_class_with_one_row_stays_in_training(self) -> None:
         targets = np.asarray([0] * 10 + [1] * 2 + [2])
-        mask = carve(targets, 3, 0.5, 0)
+        mask = carve([f"r{row}" for row in range(13)], targets, 3, 0.5, 0)
         assert [int(mask[targets == c].sum()) for c in range(3)] == [5, 1, 0]
 
 

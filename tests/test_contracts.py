@@ -235,6 +235,25 @@ class TestHeads:
             else:
                 assert parameter.grad is None, f"{name} is frozen and gets a gradient"
 
+    def test_bfloat16_changes_loss_and_gradient_little(self, kind: str, task: str) -> None:
+        head = build(kind, task).train()
+        if not head.trainable:
+            return
+        features, targets = batch(kind, task)
+        losses, gradients = [], []
+        for mixed in (False, True):
+            head.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = head.loss(features, targets, 0.0)["loss"]
+            loss.backward()
+            assert loss.dtype == torch.float32
+            losses.append(loss.detach())
+            parts = [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+            gradients.append(torch.cat(parts))
+        torch.testing.assert_close(losses[1], losses[0], atol=1e-3, rtol=0.02)
+        assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
+
     def test_one_row_can_be_trained_on(self, kind: str, task: str) -> None:
         head = build(kind, task).train()
         features, targets = batch(kind, task)

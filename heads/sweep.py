@@ -142,7 +142,9 @@ def run(config: SweepConfig) -> SweepReport:
             "report": False,  # a second each; heads.report writes the page of one worth a look
         }
         outcome = _train(cache, folder, values, group, shelf)
-        rows.append({**{path: shown(value) for path, value in options.items()}, **outcome})
+        own = {path: shown(value) for path, value in options.items()}
+        # `head` may be an option with more than a kind: two such are two rows of the table.
+        rows.append({**own, **{name: v for name, v in outcome.items() if name not in own}})
         report = _tabulate(folder, rows)
         num_trained += not outcome["reused"]
         left = (time.perf_counter() - started) / max(num_trained, 1) * (len(plan) - number)

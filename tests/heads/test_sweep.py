@@ -146,6 +146,19 @@ def test_a_sweep_is_its_trainings_with_the_cache_read_once(
     assert sweep.run(larger).runs["reused"].tolist() == [True] * 4 + [False] * 2
 
 
+def test_heads_that_are_written_out_are_rows_of_their_own(
+    make_single: CacheMaker, tmp_path: Path
+) -> None:
+    entry = "head={kind: naive, hidden: 2},{kind: naive, hidden: 3},linear"
+    report = sweep.run(config(make_single(), tmp_path / "sweep", entry, "optim.epochs=1"))
+    assert set(report.table["head"]) == {
+        '{"kind": "naive", "hidden": 2}',
+        '{"kind": "naive", "hidden": 3}',
+        "linear",
+    }
+    assert report.table["seeds"].tolist() == [1, 1, 1]
+
+
 def test_an_interrupted_sweep_leaves_its_table_and_goes_on(
     make_single: CacheMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,10 @@ class Head(nn.Module, ABC):
     has_probabilities: bool = True
     """False where a multi-label logit only ranks, so that no threshold on it means anything."""
 
+    scored_classes: Sequence[int] | None = None
+    """Classes that the head has a score for, where it does not have one for all of them: metrics of
+    several labels look at these alone."""
+
     forward: Callable[..., Tensor]
     """Class logits: one positional tensor for each array of `HeadConfig.arrays`, in that order (see
     `Features`); returns (B, C) float32, of which softmax (single label) or sigmoid (multi label)

@@ -124,7 +124,15 @@ def score_candidates(
     else:
         values = {}
         for name, logits in right.items():
-            ap = metrics.average_precision(np.concatenate(logits), part.targets)
+            columns = slice(None) if head.scored_classes is None else list(head.scored_classes)
+            ap = metrics.average_precision(
+                np.concatenate(logits)[:, columns], part.targets[:, columns]
+            )
+            if np.isnan(ap).all():
+                raise RunError(
+                    f"none of the {len(part)} rows of {part.name!r} that decide has a class that "
+                    "the head scores; choose other rows by val_split or val_fraction"
+                )
             values[name] = float(np.nanmean(ap))
     return Validation(
         {name: value for name, value in values.items() if name not in watched},

@@ -80,6 +80,7 @@ class Outputs:
         scores: (N, C) float32 logits, for multi-label heads.
         taxonomy: levels that `rows` were scored at; None for multi-label heads.
         only_rank: whether the scores have no threshold that means anything.
+        columns: classes that metrics look at, where the head has no score for the others.
     """
 
     targets: npt.NDArray[Any]
@@ -87,6 +88,7 @@ class Outputs:
     scores: npt.NDArray[np.float32] | None
     taxonomy: Taxonomy | None
     only_rank: bool = False
+    columns: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class Scores:
 
     Attributes:
         metrics: metric name -> share in 0..1 (or a count, for names that start with `num_`).
-        per_class: C rows: class, name, group (if the dataset states it), num_train, num_rows and
-            the class's own metrics.
+        per_class: a row for each class that is scored: class, name, group (if the dataset states
+            it), num_train, num_rows and the class's own metrics.
         intervals: confidence intervals of the metrics that have one; empty unless asked for.
         draws: draws of rows that they rest on; 0 = none.
     """
@@ -172,7 +174,14 @@ def calibrate(head: Head, table: FeatureTables, part: Part, seed: int) -> Calibr
     if part.targets.ndim == 2:
         spans = table.spans(part.targets.shape[1])
         scores = [head(*table.slice(*span)).float().cpu().numpy() for span in spans]
-        return fit_multi_label(np.concatenate(scores), part.targets, part.name)
+        columns = head.scored_classes
+        if columns is None:
+            return fit_multi_label(np.concatenate(scores), part.targets, part.name)
+        own = list(columns)
+        found = fit_multi_label(np.concatenate(scores)[:, own], part.targets[:, own], part.name)
+        thresholds = np.full(part.targets.shape[1], 0.5)
+        thresholds[own] = found.threshold_array()
+        return replace(found, thresholds=thresholds.tolist())
     num_classes = head(*table.slice(0, 1)).shape[1]
     chosen = torch.from_numpy(chosen_rows(len(part), num_classes, seed))
     logits = torch.cat([head(*table.batch(rows)).float() for rows in chosen.split(4096)])
@@ -206,7 +215,8 @@ def collect(
     logits = (finite(head(*table.slice(*span)), span) for span in table.spans(len(classes)))
     if part.targets.ndim == 2:
         scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
-        return Outputs(part.targets, None, scores, None, not head.has_probabilities)
+        columns = head.scored_classes
+        return Outputs(part.targets, None, scores, None, not head.has_probabilities, columns)
     try:
         taxonomy = Taxonomy.from_classes(classes, options.levels)
     except KeyError as error:
@@ -244,6 +254,7 @@ def summarise(
     Raises:
         RunError: if searched thresholds are asked for and there are none.
     """
+    classes = classes.reset_index(drop=True)  # its index is the class's number from here on
     counts = classes["count"].to_numpy(np.int64)
     boundaries = options.shot_boundaries or BOUNDARIES
     groups = stated_groups(classes) if options.shot_boundaries is None else None
@@ -265,6 +276,15 @@ def summarise(
         scores, targets = outputs.scores, outputs.targets
         assert scores is not None, "neither rows nor scores"
         predicted = predicted_classes(outputs, options, calibration)
+        if outputs.columns is not None:
+            own = list(outputs.columns)
+            scores, targets, counts = scores[:, own], targets[:, own], counts[own]
+            classes = classes.iloc[own]
+            predicted = None if predicted is None else predicted[:, own]
+            groups = None if groups is None else [groups[index] for index in own]
+            if calibration is not None:
+                thresholds = calibration.threshold_array()[own].tolist()
+                calibration = replace(calibration, thresholds=thresholds)
         values = metrics.multi_label_metrics(scores, targets, counts, boundaries, None, groups)
         if not outputs.only_rank:
             values["ece"] = metrics.multi_label_calibration_error(scores, targets)
@@ -389,7 +409,7 @@ def _multi_label_table(
 def _class_table(
     classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: Mapping[str, Sequence[Any]]
 ) -> pd.DataFrame:
-    head = {"class": np.arange(len(classes)), "name": classes["name"].to_numpy()}
+    head = {"class": classes.index.to_numpy(), "name": classes["name"].to_numpy()}
     groups = stated_groups(classes)
     stated = {} if groups is None else {"group": groups}
     counts = {"num_train": classes["count"].to_numpy(), "num_rows": support}

@@ -4,9 +4,10 @@ Adding a loss is one new file in `heads/losses`: subclass `LossConfig` and `Loss
 heads that see more than logits (mixture of prompts) are functions in files of their own.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,10 @@ class ClassStatistics:
 
 
 class Loss(nn.Module, ABC):
-    """A loss on logits: elementwise, or one number a row, until the mean at the very end."""
+    """A loss on logits: elementwise, or one number a row, until the mean at the very end.
+
+    Numbers of its own for each class are (C,) buffers.
+    """
 
     reduction: Literal["mean", "sum"] = "mean"
     """What `forward` does with `terms`."""
@@ -68,6 +72,14 @@ class Loss(nn.Module, ABC):
             the logits; None = leave it to autograd.
         """
         return None
+
+    def of_class(self, index: int) -> Self:
+        """A copy for (B, 1) logits of one class: of what is kept for each class, its share."""
+        one = copy.deepcopy(self)
+        for module in one.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer[index : index + 1])
+        return one
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """0-d float32 mean (or sum, see `reduction`) of `terms`."""

@@ -78,7 +78,13 @@ def test_a_linear_head_learns_and_leaves_a_whole_run_folder(make_single: CacheMa
     assert top1 == pytest.approx(report.metrics["test"]["top1"])
 
 
-def test_no_file_of_a_run_folder_needs_pickle(make_single: CacheMaker) -> None:
+def test_f48_a_run_folder_may_have_any_name(make_single: CacheMaker, tmp_path: Path) -> None:
+    report = train.run(config(make_single(), run=tmp_path / "mop-512", optim=OptimConfig(epochs=1)))
+    renamed = report.run.rename(tmp_path / "zero_shot-768")
+    assert isinstance(load_run(renamed).head, Linear)
+
+
+def test_f51_no_file_of_a_run_folder_needs_pickle(make_single: CacheMaker) -> None:
     cache = make_single()
     options = config(cache, save_every=1)
     with pytest.raises(KeyboardInterrupt):
@@ -357,6 +363,24 @@ class TestSplits:
             positives = targets[:, c] > 0
             assert (positives & mask).any(), c
             assert (positives & ~mask).any(), c
+
+    def test_f44_who_draws_the_rows_again_draws_those_of_the_training(
+        self, make_single: CacheMaker
+    ) -> None:
+        cache = make_single(splits={"train": 300, "test": 80})
+        report = train.run(config(cache, optim=OptimConfig(epochs=1), val_fraction=0.3, seed=5))
+        recorded = TrainConfig.from_yaml(report.run / "config.yaml")
+        names = ("train_split", "val_split", "val_fraction", "test_split", "select_on", "seed")
+        drawn = self.choose(cache, **{name: getattr(recorded, name) for name in names})
+        assert len(drawn.val) == report.metrics["val"]["num_rows"]
+        assert not set(drawn.val.rows) & set(drawn.train.rows)
+        loaded = load_run(report.run)
+        features = open_cache(cache).array("image/projected").read(drawn.val.rows)
+        with torch.no_grad():
+            predicted = loaded.head(torch.from_numpy(features).float()).argmax(1).numpy()
+        assert (predicted == drawn.val.targets).mean() == pytest.approx(
+            report.metrics["val"]["top1"]
+        ), "scored on other rows"
 
     def test_one_label_a_row_is_carved_by_the_rule_of_the_datasets(self) -> None:
         rng = np.random.default_rng(1)

@@ -1,6 +1,9 @@
 """Mixture-of-prompts training step against the written-out autograd form: time, memory, gradient.
 
-    OMP_NUM_THREADS=2 python benchmarks/mop.py            # about 6 minutes on 2 cores
+    OMP_NUM_THREADS=2 python benchmarks/mop.py            # about 12 minutes on 2 cores
+
+"collapse" rows have the anti-collapse penalties on, in both forms; "step" rows end with the step of
+an optimiser: default AdamW for the written-out form, fused AdamW for the other.
 
 Times: all rows of a table take turns in one process; medians. A turn in which other processes had
 more than 8 % of the CPU is repeated, a few times at most; the share that was left is in the result.
@@ -22,17 +25,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain_mop import plain_mop_loss
+from plain_mop import plain_collapse_terms, plain_mop_loss
 from torch import Tensor
 from torch.nn import functional as F
 
+from heads.lazy_adam import LazyAdamW
 from heads.losses.mixture_of_prompts import mixture_of_prompts_loss
+from heads.losses.prompt_collapse import NO_COLLAPSE, Collapse
 
 NUM_PROMPTS, DIM = 32, 512
 RESULT = Path(__file__).parent / "results" / "mop.json"
 REGIMES: dict[str, dict[str, float]] = {
     "sharp": {"scale": 50.0, "classification_temperature": 0.07},
+    "default": {"scale": 50.0, "classification_temperature": 1.0},
     "moderate": {"scale": 100.0, "classification_temperature": 1.0},
+}
+COLLAPSE = Collapse(diversity=0.1, entropy=0.01, min_usage=0.01, usage_threshold=0.02)
+OPTIMIZERS: dict[str, Callable[[Tensor], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW([p], lr=5e-4, fused=True),
+    "lazy_adamw": lambda p: LazyAdamW([p], lr=5e-4),
+    "lazy_adamw, bfloat16 moments": lambda p: LazyAdamW([p], lr=5e-4, state_dtype="bfloat16"),
 }
 METHODS = {"fused": "auto", "fused float32": "float32"}
 
@@ -52,17 +64,38 @@ def problem(num_rows: int, num_classes: int, data: str = "random") -> tuple[Tens
     return features, base, offsets, targets
 
 
-def loss_of(form: str, tensors: tuple[Tensor, ...], options: dict[str, float]) -> Tensor:
+def loss_of(
+    form: str, tensors: tuple[Tensor, ...], options: dict[str, Any], collapse: Collapse
+) -> Tensor:
     features, base, offsets, targets = tensors
     if form == "plain":
-        return plain_mop_loss(features, base, offsets, targets, **options)[0]
+        loss = plain_mop_loss(features, base, offsets, targets, **options)[0]
+        if collapse == NO_COLLAPSE:
+            return loss
+        terms = plain_collapse_terms(
+            features,
+            base,
+            offsets,
+            targets,
+            scale=options["scale"],
+            usage_threshold=collapse.usage_threshold,
+        )
+        weights = (collapse.diversity, collapse.entropy, collapse.min_usage)
+        return loss + sum(weight * term for weight, term in zip(weights, terms, strict=True))
     method: Any = METHODS[form]
-    return mixture_of_prompts_loss(features, base, offsets, targets, method=method, **options).loss
+    return mixture_of_prompts_loss(
+        features, base, offsets, targets, method=method, collapse=collapse, **options
+    ).loss
 
 
-def step(form: str, tensors: tuple[Tensor, ...], options: dict[str, float]) -> None:
+def step(
+    form: str,
+    tensors: tuple[Tensor, ...],
+    options: dict[str, Any],
+    collapse: Collapse = NO_COLLAPSE,
+) -> None:
     tensors[2].grad = None
-    loss_of(form, tensors, options).backward()
+    loss_of(form, tensors, options, collapse).backward()  # type: ignore[no-untyped-call]
 
 
 def cpu_times() -> tuple[float, float]:
@@ -115,36 +148,44 @@ def memory_status() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
-def child(form: str, num_rows: int, num_classes: int, regime: str, with_optimizer: bool) -> None:
-    """Runs one step in this process and prints its peak memory as JSON."""
-    options = REGIMES[regime]
+def child(form: str, num_rows: int, num_classes: int, regime: str, optimizer_name: str) -> None:
+    """Runs steps in this process; prints peak memory above the parameters and seconds as JSON."""
+    options: dict[str, Any] = dict(REGIMES[regime])
     tiny = problem(8, 40)
     tiny[2].requires_grad_()
     step(form, tiny, options)
-    tensors = problem(num_rows, num_classes)
+    tensors = problem(num_rows, num_classes, "random" if optimizer_name == "none" else "gap")
     tensors[2].requires_grad_()
-    parameter_bytes = tensors[2].numel() * 4
     ctypes.CDLL(None).malloc_trim(0)  # free heap left over from building would hide allocations
     before = memory_status()["VmRSS"]
     Path("/proc/self/clear_refs").write_text("5")
-    if with_optimizer:
-        optimizer = torch.optim.AdamW([tensors[2]], lr=5e-4, fused=True)
-        for _ in range(2):  # the first step makes the optimiser's state
+    seconds, touched = [], num_classes
+    if optimizer_name == "none":
+        step(form, tensors, options)
+    else:
+        optimizer = OPTIMIZERS[optimizer_name](tensors[2])
+        if isinstance(optimizer, LazyAdamW):
+            options["touched_share"] = 1e-4
+        for _ in range(4):  # the first step makes the optimiser's state
+            start = time.perf_counter()
             step(form, tensors, options)
             optimizer.step()
-    else:
-        step(form, tensors, options)
+            seconds.append(time.perf_counter() - start)
+            assert tensors[2].grad is not None
+            if tensors[2].grad.is_sparse:
+                touched = tensors[2].grad._indices().shape[1]
     peak = memory_status()["VmHWM"]
-    print(json.dumps({"extra": peak - before, "above_state": peak - 4 * parameter_bytes}))
+    median = sorted(seconds[1:])[len(seconds) // 2 - 1] if seconds else None
+    print(json.dumps({"extra": peak - before, "seconds": median, "touched": touched}))
 
 
 def peak_memory(
-    form: str, num_rows: int, num_classes: int, regime: str, with_optimizer: bool = False
-) -> dict[str, int]:
-    arguments = [form, str(num_rows), str(num_classes), regime, str(int(with_optimizer))]
+    form: str, num_rows: int, num_classes: int, regime: str, optimizer_name: str = "none"
+) -> dict[str, Any]:
+    arguments = [form, str(num_rows), str(num_classes), regime, optimizer_name]
     command = [sys.executable, __file__, "--child", *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, int] = json.loads(output.splitlines()[-1])
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 
@@ -161,8 +202,8 @@ def measure(num_rows: int, data: str, regime: str, repeats: int) -> dict[str, An
         "fused": torch.optim.AdamW([offsets], lr=0.0, weight_decay=0.0, fused=True),
     }
 
-    def whole(form: str) -> None:
-        step(form, tensors, options)
+    def whole(form: str, collapse: Collapse = NO_COLLAPSE) -> None:
+        step(form, tensors, options, collapse)
         optimizers[form].step()
 
     def multiply() -> None:
@@ -172,7 +213,10 @@ def measure(num_rows: int, data: str, regime: str, repeats: int) -> dict[str, An
     for form in ("plain", *METHODS):
         rows[form] = lambda form=form: step(form, tensors, options)  # type: ignore[misc]
     for form in optimizers:
-        rows[f"{form} + AdamW"] = lambda form=form: whole(form)  # type: ignore[misc]
+        rows[f"{form} + step"] = lambda form=form: whole(form)  # type: ignore[misc]
+    for form in optimizers:
+        rows[f"{form} + collapse"] = lambda form=form: step(form, tensors, options, COLLAPSE)  # type: ignore[misc]
+        rows[f"{form} + collapse + step"] = lambda form=form: whole(form, COLLAPSE)  # type: ignore[misc]
     times = take_turns(rows, repeats)
     gradients = {}
     for form in ("plain", *METHODS):
@@ -193,7 +237,12 @@ def measure(num_rows: int, data: str, regime: str, repeats: int) -> dict[str, An
     plain, fused = times["plain"]["ms"], times["fused"]["ms"]
     result["speedup"] = plain / fused
     result["of_product"] = fused / times["float32 product"]["ms"]
-    result["speedup_with_optimizer"] = times["plain + AdamW"]["ms"] / times["fused + AdamW"]["ms"]
+    for name, more in (
+        ("with_optimizer", " + step"),
+        ("with_collapse", " + collapse"),
+        ("with_both", " + collapse + step"),
+    ):
+        result[f"speedup_{name}"] = times[f"plain{more}"]["ms"] / times[f"fused{more}"]["ms"]
     return result
 
 
@@ -201,12 +250,14 @@ def show(result: dict[str, Any]) -> None:
     print(f"\nB={result['B']} C=1000 K=32 D=512, {result['data']} data, {result['regime']} softmax")
     for name, row in result["times"].items():
         print(
-            f"  {name:18s} {row['ms']:8.0f} ms (fastest {row['min_ms']:.0f})"
+            f"  {name:24s} {row['ms']:8.0f} ms (fastest {row['min_ms']:.0f})"
             f"   others' CPU {row['others']:.0%}"
         )
     print(
         f"  plain / fused {result['speedup']:.2f}; fused / float32 product "
-        f"{result['of_product']:.2f}; with optimiser {result['speedup_with_optimizer']:.2f}"
+        f"{result['of_product']:.2f}; with optimiser {result['speedup_with_optimizer']:.2f}, with "
+        f"collapse terms {result['speedup_with_collapse']:.2f}, with both "
+        f"{result['speedup_with_both']:.2f}"
     )
     print("  gradient's relative difference", result["gradient_difference"])
     if "extra_mib" in result:
@@ -226,8 +277,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        form, num_rows, num_classes, regime, with_optimizer = arguments.child
-        child(form, int(num_rows), int(num_classes), regime, with_optimizer == "1")
+        form, num_rows, num_classes, regime, optimizer_name = arguments.child
+        child(form, int(num_rows), int(num_classes), regime, optimizer_name)
         return
     record: dict[str, Any] = {
         "command": f"python benchmarks/mop.py --repeats {arguments.repeats}",
@@ -236,7 +287,7 @@ def main() -> None:
         "machine": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "results": [],
-        "large_step_mib_above_state": {},
+        "large_step": {},
     }
 
     def save() -> None:  # after each part: a run takes ten minutes
@@ -247,17 +298,30 @@ def main() -> None:
         (512, "random", "sharp"),
         (4096, "random", "sharp"),
         (512, "gap", "sharp"),
+        (512, "gap", "default"),
+        (4096, "gap", "default"),
         (4096, "gap", "moderate"),
     ]
     for num_rows, data, regime in plan:
         record["results"].append(measure(num_rows, data, regime, arguments.repeats))
         show(record["results"][-1])
         save()
-    print("\nC=10000 K=32 D=512 B=1024, MiB above parameters, gradient and AdamW state:")
-    for regime in REGIMES:
-        mib = peak_memory("fused", 1024, 10_000, regime, True)["above_state"] / 2**20
-        record["large_step_mib_above_state"][regime] = mib
-        print(f"  {regime} {mib:.0f}", flush=True)
+    print(
+        "\nC=10000 K=32 D=512 B=1024: MiB above the 625 of the parameters, seconds a step, classes"
+    )
+    for regime, optimizer_name in (
+        ("sharp", "adamw"),
+        ("sharp", "lazy_adamw"),
+        ("sharp", "lazy_adamw, bfloat16 moments"),
+        ("default", "adamw"),
+    ):
+        found = peak_memory("fused", 1024, 10_000, regime, optimizer_name)
+        record["large_step"][f"{regime}, {optimizer_name}"] = found
+        print(
+            f"  {regime:8s} {optimizer_name:28s} {found['extra'] / 2**20:6.0f} MiB "
+            f"{found['seconds']:6.2f} s {found['touched']:6d}",
+            flush=True,
+        )
         save()
 
 

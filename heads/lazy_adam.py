@@ -136,8 +136,11 @@ def _touched(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     gradient = parameter.grad
     assert gradient is not None
     if gradient.is_sparse:
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values().flatten(1)
+        rows = gradient._indices()[0]
+        if not bool((rows[1:] > rows[:-1]).all()):  # autograd drops the mark of those that are
+            gradient = gradient.coalesce()
+            rows = gradient._indices()[0]
+        values = gradient._values().flatten(1)
         return values, None if len(rows) == len(parameter) else rows
     flat = gradient.reshape(len(parameter), -1)
     rows = flat.any(dim=1).nonzero().squeeze(1)

@@ -41,8 +41,9 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scale": 50.0,
         "classification_temperature": 1.0,
         "mixture_weight": 0.1,
-        "offset_penalty": 3.0,
-        "penalty_reduction": "sum_per_prompt",
+        "offset_penalty": 200.0,
+        "penalty_reduction": "per_row",
+        "init": "small_noise",
     },
     "seed": {
         "scale": 50.0,
@@ -50,8 +51,12 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         "mixture_weight": 0.5,
         "offset_penalty": 0.001,
         "penalty_reduction": "mean",
+        "init": "semantic",
+        "num_prompts": 32,
     },
 }
+_MOST_PROMPTS = 32
+_ROWS_A_PROMPT = 16
 _INIT_STD = {"semantic": 0.01, "small_noise": 0.001}
 # Above this product a cosine lead of 0.05, common between sibling species, already is 10 nats.
 _SATURATING = 200.0
@@ -70,20 +75,23 @@ class MopConfig(HeadConfig):
     """Head kind."""
     preset: Preset = "default"
     """Values of the fields that are not given: `default` is this project's choice, `seed` the
-    original system's (scale 50, temperature 0.07, mean penalty)."""
-    num_prompts: PositiveInt = 32
-    """Sub-prompts a class (K)."""
+    original system's (scale 50, temperature 0.07, mean penalty, 32 prompts)."""
+    num_prompts: PositiveInt | None = None
+    """Sub-prompts a class (K), 1 or more; unset = one for every 16 training rows of the average
+    class, 1 to 32."""
     scale: PositiveFloat = 50.0
     """What cosines are multiplied by (κ), > 0."""
     classification_temperature: PositiveFloat = 1.0
     """What scaled cosines are divided by inside the classification loss (T_cls), > 0."""
     mixture_weight: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of the mixture loss (λ), 0..1; the classification loss has the rest."""
-    offset_penalty: NonNegativeFloat = 3.0
+    offset_penalty: NonNegativeFloat = 200.0
     """Weight of the squared offsets, >= 0."""
-    penalty_reduction: PenaltyReduction = "sum_per_prompt"
-    """`sum_per_prompt`: squared length of an offset, averaged over prompts; `mean`: averaged over
-    all entries, so that each prompt is held less the more classes there are."""
+    penalty_reduction: PenaltyReduction | Literal["per_row"] = "per_row"
+    """`per_row`: sum of the squared lengths of all offsets over the number of training rows, as of
+    a prior, so that text counts less the more rows there are; `sum_per_prompt`: their mean over
+    prompts; `mean`: over all entries, so that each prompt is held less the more classes there
+    are."""
     assignment: Literal["soft", "hard"] = "soft"
     """How rows are shared among their class's prompts in the mixture loss."""
     tau_start: PositiveFloat = 1.0
@@ -92,7 +100,7 @@ class MopConfig(HeadConfig):
     """Assignment temperature at the last step, > 0; lower is sharper."""
     anneal_tau: bool = True
     """Go from tau_start to tau_end, linearly in the steps; otherwise stay at tau_start."""
-    init: Literal["semantic", "small_noise"] = "semantic"
+    init: Literal["semantic", "small_noise"] = "small_noise"
     """First offsets: normal with standard deviation 0.01, or 0.001."""
     init_std: PositiveFloat | None = None
     """Standard deviation of the first offsets, > 0; unset: what `init` says."""
@@ -123,10 +131,11 @@ class MopConfig(HeadConfig):
 
     @model_validator(mode="after")
     def _possible_usage(self) -> Self:
-        if self.min_usage_weight > 0.0 and self.min_usage * self.num_prompts > 1.0:
+        most = self.num_prompts or _MOST_PROMPTS
+        if self.min_usage_weight > 0.0 and self.min_usage * most > 1.0:
             raise ValueError(
-                f"min_usage {self.min_usage:g} for each of num_prompts {self.num_prompts} is more "
-                f"than all rows; set min_usage to at most {1.0 / self.num_prompts:g}"
+                f"min_usage {self.min_usage:g} for each of up to {most} prompts (num_prompts) is "
+                f"more than all rows; set min_usage to at most {1.0 / most:g}"
             )
         return self
 
@@ -162,14 +171,20 @@ class MopConfig(HeadConfig):
                 self.classification_temperature,
                 product,
             )
+        num_rows = int(spec.class_counts.sum())
+        num_prompts = self.num_prompts or _fitting_prompts(num_rows, spec.num_classes)
+        penalty, reduction = self.offset_penalty, self.penalty_reduction
+        if reduction == "per_row":  # as a mean over prompts
+            penalty *= spec.num_classes * num_prompts / max(1, num_rows)
+            reduction = "sum_per_prompt"
         return Mop(
             base_prompts(spec.prompts),
-            num_prompts=self.num_prompts,
+            num_prompts=num_prompts,
             scale=self.scale,
             classification_temperature=self.classification_temperature,
             mixture_weight=self.mixture_weight,
-            offset_penalty=self.offset_penalty,
-            penalty_reduction=self.penalty_reduction,
+            offset_penalty=penalty,
+            penalty_reduction=reduction,
             hard=self.assignment == "hard",
             tau_start=self.tau_start,
             tau_end=self.tau_end if self.anneal_tau else self.tau_start,
@@ -183,6 +198,11 @@ class MopConfig(HeadConfig):
             touched_share=self.touched_share,
             method=self.method,
         )
+
+
+def _fitting_prompts(num_rows: int, num_classes: int) -> int:
+    """K for the training rows there are: more prompts than kinds of pictures only blur the text."""
+    return min(_MOST_PROMPTS, max(1, num_rows // (_ROWS_A_PROMPT * num_classes)))
 
 
 def base_prompts(prompts: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 from typing import Any
 
@@ -45,7 +46,7 @@ def loss_batch() -> tuple[tuple[Tensor], Tensor]:
 
 
 def test_init_gives_distinct_offsets_around_the_text() -> None:
-    head = MopConfig(num_prompts=4).build(spec())
+    head = MopConfig(num_prompts=4, init="semantic").build(spec())
     assert head.offsets.shape == (C, 4, D)
     assert 0.005 < float(head.offsets.detach().std()) < 0.02
     assert float(MopConfig(init_std=0.5).build(spec()).offsets.detach().std()) > 0.4
@@ -126,7 +127,7 @@ def test_anti_collapse_terms_join_the_loss() -> None:
         num_prompts=4, diversity_weight=0.1, entropy_weight=0.01, min_usage_weight=0.2
     ).build(spec())
     parts = head.loss((features,), targets, 0.0)
-    without = Mop(head.base, num_prompts=4)
+    without = Mop(head.base, num_prompts=4, offset_penalty=head.offset_penalty)
     without.load_trained_state(head.trained_state())
     extra = (
         0.1 * parts["loss_diversity"] + 0.01 * parts["loss_entropy"] + 0.2 * parts["loss_min_usage"]
@@ -153,6 +154,23 @@ def test_preset_fills_what_is_not_given() -> None:
     assert MopConfig(preset="seed").scale == 50.0
     assert MopConfig() == MopConfig(preset="default")
     assert MopConfig.model_validate(seed.record()) == seed
+
+
+@pytest.mark.parametrize(("rows", "prompts"), [(1, 1), (16, 1), (40, 2), (100_000, 32)])
+def test_more_rows_of_a_class_bring_more_prompts(rows: int, prompts: int) -> None:
+    counted = dataclasses.replace(spec(), class_counts=np.full(C, rows, dtype=np.int64))
+    assert MopConfig().build(counted).offsets.shape == (C, prompts, D)
+    assert MopConfig(preset="seed").build(counted).offsets.shape == (C, 32, D)
+
+
+def test_penalty_per_row_is_that_of_a_prior() -> None:
+    """Twice the rows halve it; the number of prompts does not thin it out."""
+    for rows, num_prompts in ((4, 2), (8, 2), (4, 6)):
+        counted = dataclasses.replace(spec(), class_counts=np.full(C, rows, dtype=np.int64))
+        head = MopConfig(num_prompts=num_prompts, offset_penalty=7.0).build(counted)
+        squares = float(head.offsets.detach().double().square().sum())
+        found = float(head.loss(*loss_batch(), 0.0)["loss_reg"])
+        assert found == pytest.approx(7.0 * squares / (rows * C), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,13 @@ def choose_parts(
     if test is not None and (asked_test or select_on == "test"):
         _require_rows(test, cache)
     if test is not None and not has_labels(test):
+        if test.without_caption:
+            logger.warning(
+                "split %r is not reported: none of its %d labelled rows has a caption, and the "
+                "head reads nothing else",
+                test.name,
+                test.without_caption,
+            )
         test = None
     if select_on == "test":
         if test is None:

@@ -23,7 +23,6 @@ from featcache.errors import ConfigError
 from featcache.identity import differences, fingerprint
 from featcache.join import open_one_or_joined
 from featcache.joined_cache import JoinedCache
-from featcache.manifest import Task
 from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import event_file, run_folder
@@ -34,18 +33,14 @@ from heads.data import FeatureTables, HeadArrays, open_arrays
 from heads.distributed import Group, group_for
 from heads.evaluate import main_metric
 from heads.fitting import Material, enough_threads, fit, memory_advice, untrained
-from heads.losses import AnyLoss, default_loss
-from heads.losses.base import ClassStatistics, Loss
+from heads.losses import AnyLoss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
 from heads.parts import (
     IntArray,
-    Part,
     Parts,
     choose_parts,
-    class_counts,
-    cooccurrence,
     require_labels,
 )
 from heads.progress import duration
@@ -53,7 +48,7 @@ from heads.results import write_results
 from heads.run_folder import WEIGHTS, RunError
 from heads.scoring import MetricsConfig, metrics_table
 from heads.shots import few_shot_parts
-from heads.vocabulary import class_prompts
+from heads.specification import feature_spec
 from heads.watch import EarlyStop
 
 logger = logging.getLogger(__name__)
@@ -202,7 +197,7 @@ def train_on(
             return report
         started = time.perf_counter()
         train = load(arrays, parts.train.rows, device)
-        spec = feature_spec(cache, config, train, parts.train, tower)
+        spec = feature_spec(cache, config.head, config.loss, train, parts.train, tower)
         record = run_folder.describe_head(cache, config.head, spec)
         if group.leads:
             run_folder.write_json(folder / "head.json", record)
@@ -331,81 +326,10 @@ def resolve(
     return config, parts, arrays
 
 
-def build_loss(config: TrainConfig, task: Task, statistics: ClassStatistics) -> Loss | None:
-    """The loss on logits that the options mean; None for heads that bring their own.
-
-    Raises:
-        ConfigError: if one is chosen that the head or the task has no use for.
-    """
-    if not config.head.takes_loss:
-        if config.loss is not None:
-            raise ConfigError(
-                f"loss={config.loss.kind}: head {config.head.kind} has a loss of its own; leave it "
-                "out, or choose another head"
-            )
-        return None
-    loss = config.loss or config.head.default_loss(task) or default_loss(task)
-    if task not in loss.tasks:
-        raise ConfigError(
-            f"loss={loss.kind} is for {' and '.join(loss.tasks)} data, the cache is {task}; choose "
-            "another loss"
-        )
-    if loss.needs_cosines and not config.head.gives_cosines():
-        raise ConfigError(
-            f"loss={loss.kind} takes cosines, head {config.head.kind} gives logits as it is set; "
-            "use --head linear --head.cosine, or another loss"
-        )
-    return loss.build(statistics)
-
-
-def feature_spec(
-    cache: Cache,
-    config: TrainConfig,
-    table: FeatureTables,
-    part: Part,
-    tower: Callable[[], PromptTower],
-) -> FeatureSpec:
-    """What a head is told about the cache: sizes, classes, statistics, class text features.
-
-    Args:
-        cache: trained on.
-        config: resolved.
-        table: features of the training rows.
-        part: the training rows.
-        tower: opens the text tower of the cache's backbone.
-    """
-    head, num_classes = config.head, cache.num_classes
-    counts = class_counts(part, num_classes)
-    prompts, templates = None, run_folder.template_list(cache, head)
-    if head.wants_prompts():
-        prompts = class_prompts(cache, templates, table.device.type)
-    mean, std = table.statistics() if head.wants_statistics() else (None, None)
-    dims = table.feature_dims
-    return FeatureSpec(
-        feature_dim=dims[head.arrays()[0]],
-        num_classes=num_classes,
-        task=cache.task,
-        class_counts=counts,
-        classes=cache.classes,
-        prompts=prompts,
-        logit_scale=float(cache.attributes["logit_scale"]),
-        mean=None if mean is None else mean.cpu(),
-        std=None if std is None else std.cpu(),
-        templates=templates,
-        feature_dims=dims,
-        num_rows=len(part),
-        criterion=build_loss(config, cache.task, ClassStatistics(counts, len(part))),
-        cooccurrence=cooccurrence(part, num_classes) if head.wants_cooccurrence() else None,
-        support=lambda: (table.slice(0, len(table)), part.target_tensor(table.device)),
-        text_tower=tower if head.wants_text_tower() else None,
-    )
-
-
 def without_caption(parts: Parts) -> str:
     """How many rows of each part have no caption and were left out for it; "" = none."""
-    lost = {
-        part.name: part.without_caption for part in (parts.train, parts.val, parts.test) if part
-    }
+    given = [part for part in (parts.train, parts.val, parts.test) if part is not None]
+    lost = {part.name: part.without_caption for part in given}
     return ", ".join(
         f"{count:,} row{'s' * (count > 1)} of {name} without a caption"
         for name, count in lost.items()

@@ -342,7 +342,7 @@ def test_rows_without_the_only_thing_a_head_reads_are_left_out_and_counted(
 
 
 def test_a_split_without_any_caption_is_refused(
-    captioned: CacheMaker, pair: None, tmp_path: Path
+    captioned: CacheMaker, pair: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bare = captioned("bare", counts=[0] * 20 + [1] * 20)
     head = PairConfig(only_text=True)
@@ -354,6 +354,9 @@ def test_a_split_without_any_caption_is_refused(
     untested = captioned("untested", counts=[1] * 32 + [0] * 8)
     with pytest.raises(RunError, match="8 have no caption, and the head reads nothing else"):
         evaluate.run(EvaluateConfig(run=report.run, cache=untested, split="test", device="cpu"))
+    report = train.run(config(untested, head, tmp_path / "untested"))
+    assert "test" not in report.metrics
+    assert "split 'test' is not reported: none of its 8 labelled rows has a cap" in caplog.text
 
 
 def test_captions_read_in_another_way_are_another_feature(

@@ -9,7 +9,8 @@ from heads.losses.distribution_balanced import DistributionBalancedConfig
 from heads.losses.focal import FocalConfig
 from heads.losses.rebalanced import RebalancedConfig
 from heads.models.naive import NaiveConfig
-from heads.train import TrainConfig, build_loss
+from heads.specification import build_loss
+from heads.train import TrainConfig
 
 from .problem import STATISTICS
 
@@ -85,4 +86,4 @@ def test_an_unknown_loss_is_answered_with_the_known_ones() -> None:
 def test_a_loss_on_cosines_needs_a_head_that_has_them() -> None:
     config = TrainConfig(cache="c", head=NaiveConfig(), loss="aam")
     with pytest.raises(ConfigError, match=r"loss=aam takes cosines.*--head\.cosine"):
-        build_loss(config, "multi_label", STATISTICS)
+        build_loss(config.head, config.loss, "multi_label", STATISTICS)

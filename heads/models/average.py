@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic_settings import CliSuppress
 from torch import Tensor, nn
 
 from featcache.errors import ConfigError
@@ -48,7 +49,7 @@ class AverageConfig(HeadConfig):
     rows; `by_candidate` in metrics.json lists all."""
     weight_steps: PositiveInt = 10
     """Steps from share 0 to share 1 that `weigh=validation` tries, 1 or more."""
-    members: tuple[MemberConfig, ...] | None = None
+    members: CliSuppress[tuple[MemberConfig, ...] | None] = None
     """What the run folders state; filled in by the training job."""
 
     @model_validator(mode="after")

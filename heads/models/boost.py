@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt
+from pydantic_settings import CliSuppress
 from torch import Tensor
 
 from featcache.errors import ConfigError
@@ -53,7 +54,7 @@ class BoostConfig(HeadConfig):
     """Hidden units of the second network, 1 or more; unset = as many as the vector is wide."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of hidden units dropped in training, 0 to below 1."""
-    member: MemberConfig | None = None
+    member: CliSuppress[MemberConfig | None] = None
     """What the base's run folder states; filled in by the training job."""
 
     def prepared(self, open_run: "Callable[[Path], LoadedRun]") -> Self:

@@ -33,6 +33,8 @@ Intervals = Mapping[str, tuple[float, float]]
 _USUAL_DRAWS = 1000
 _CHEAP_VALUES = 1 << 27
 """Weights of rows, for each class and draw, that are gone through in about a second."""
+_CLASS_METRICS = ("average_precision", "precision", "recall", "f1")
+"""Columns of a multi-label class table that rest on the class's scores."""
 _SINGLE_LABEL_PASSES = 8
 """Passes over the weights of a row that single-label metrics take together."""
 
@@ -97,8 +99,8 @@ class Scores:
 
     Attributes:
         metrics: metric name -> share in 0..1 (or a count, for names that start with `num_`).
-        per_class: a row for each class that is scored: class, name, group (if the dataset states
-            it), num_train, num_rows and the class's own metrics.
+        per_class: C rows: class, name, group (if the dataset states it), num_train, num_rows and
+            the class's own metrics, NaN for classes that the head has no score for.
         intervals: confidence intervals of the metrics that have one; empty unless asked for.
         draws: draws of rows that they rest on; 0 = none.
     """
@@ -254,7 +256,6 @@ def summarise(
     Raises:
         RunError: if searched thresholds are asked for and there are none.
     """
-    classes = classes.reset_index(drop=True)  # its index is the class's number from here on
     counts = classes["count"].to_numpy(np.int64)
     boundaries = options.shot_boundaries or BOUNDARIES
     groups = stated_groups(classes) if options.shot_boundaries is None else None
@@ -276,10 +277,11 @@ def summarise(
         scores, targets = outputs.scores, outputs.targets
         assert scores is not None, "neither rows nor scores"
         predicted = predicted_classes(outputs, options, calibration)
+        table = _multi_label_table(scores, targets, classes, predicted)
         if outputs.columns is not None:
             own = list(outputs.columns)
             scores, targets, counts = scores[:, own], targets[:, own], counts[own]
-            classes = classes.iloc[own]
+            table.loc[~table["class"].isin(own), table.columns.isin(_CLASS_METRICS)] = np.nan
             predicted = None if predicted is None else predicted[:, own]
             groups = None if groups is None else [groups[index] for index in own]
             if calibration is not None:
@@ -298,7 +300,6 @@ def summarise(
             replicates = bootstrap.multi_label_replicates(
                 scores, targets, counts, boundaries, groups, shown, **draw
             )
-        table = _multi_label_table(scores, targets, classes, predicted)
     intervals = bootstrap.percentile_intervals(replicates, options.confidence)
     known = {name: ends for name, ends in intervals.items() if name in values}
     return Scores(values, table, known, options.bootstrap)
@@ -409,7 +410,7 @@ def _multi_label_table(
 def _class_table(
     classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: Mapping[str, Sequence[Any]]
 ) -> pd.DataFrame:
-    head = {"class": classes.index.to_numpy(), "name": classes["name"].to_numpy()}
+    head = {"class": np.arange(len(classes)), "name": classes["name"].to_numpy()}
     groups = stated_groups(classes)
     stated = {} if groups is None else {"group": groups}
     counts = {"num_train": classes["count"].to_numpy(), "num_rows": support}

@@ -284,6 +284,17 @@ class TestTables:
             "text/projected": 2 * TEXT_DIM,
         }
 
+    def test_joint_vectors_of_a_join_stand_side_by_side(self, captioned: CacheMaker) -> None:
+        paths = captioned("one"), captioned("two", seed=1, weights="other")
+        arrays = open_arrays(open_joined(paths), LinearConfig(feature="multimodal"))
+        assert arrays.readable is not None
+        assert arrays.readable.tolist() == [count > 0 for count in COUNTS]
+        (found,) = FeatureTables(arrays, np.arange(NUM_ROWS), CPU).slice(0, NUM_ROWS)
+        for half, path in zip(found.split(WIDTH, dim=1), paths, strict=True):
+            plain = np.nan_to_num(open_cache(path).array("image/multimodal_pooled").read())
+            lengths = np.maximum(np.linalg.norm(plain, axis=1, keepdims=True), 1e-6)
+            np.testing.assert_allclose(half, plain / lengths, atol=1e-6)
+
 
 def test_a_head_on_image_and_caption_is_trained_evaluated_and_predicts(
     captioned: CacheMaker, pair: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -227,9 +227,12 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[Staged]:
     built: list[Staged] = []
 
     def build(self: LinearConfig, spec: FeatureSpec) -> Staged:
-        pairs = [(0.1, 0.0)]
         head = Staged(
-            spec.feature_dim, spec.num_classes, scaling="none", multi_label=False, pairs=pairs
+            spec.feature_dim,
+            spec.num_classes,
+            scaling="none",
+            criterion=spec.criterion,
+            pairs=[(0.1, 0.0)],
         )
         built.append(head)
         return head

@@ -57,7 +57,8 @@ def run(config: SubmissionConfig) -> pd.DataFrame:
 def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]]:
     """Label ids by row id, from a table of predictions.
 
-    Where no class reaches the threshold, the best one counts: every image has a label there.
+    Where no class reaches its threshold, the one closest to it counts (column `nearest`; without
+    that column all thresholds are equal, and it is the best one): every image has a label there.
 
     Args:
         table: as `heads.predict` makes it, `classes` being lists of names.
@@ -75,8 +76,9 @@ def labels_of(table: pd.DataFrame, classes: pd.DataFrame) -> dict[str, list[int]
         )
     label_id = dict(zip(names, map(int, numbers), strict=True))
     above: Any = table["classes"] if "classes" in table.columns else [[]] * len(table)
+    closest = table["nearest" if "nearest" in table.columns else "class_1"]
     found = {}
-    for name, present, best in zip(table["id"], above, table["class_1"], strict=True):
+    for name, present, best in zip(table["id"], above, closest, strict=True):
         chosen = list(present) or [str(best)]
         unknown = [one for one in chosen if one not in label_id]
         if unknown:

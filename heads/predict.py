@@ -7,12 +7,12 @@ python -m heads.predict --run runs/inat2021-linear-1a2b3c --images bee.jpg
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from featcache.config import Config, run_job
 from featcache.datasets.caption_files import captions_of
@@ -70,9 +70,13 @@ class PredictConfig(Config):
     of the rows predicted."""
     top_k: PositiveInt = 5
     """Classes listed for each row, best first, 1 or more."""
-    threshold: float | None = Field(default=None, gt=0, lt=1)
-    """Probability from which on a class counts as present in a multi-label set, 0..1; unset = 0.5,
-    and no statement about it for heads that only rank (zero_shot without cosine_threshold)."""
+    threshold: float | Literal["searched"] | None = None
+    """Probability from which on a class counts as present in a multi-label set, 0..1; searched =
+    one for each class, as the training searched them; unset = 0.5, and no statement about it for
+    heads that only rank (zero_shot without cosine_threshold)."""
+    calibrated: bool = True
+    """Probabilities at the temperature that the training fitted to its validation rows; otherwise
+    plain softmax or sigmoid."""
     num_readers: PositiveInt = 2
     """Threads that decode images, 1 or more."""
     device: str = "auto"
@@ -82,6 +86,8 @@ class PredictConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        if isinstance(self.threshold, float) and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is {self.threshold:g}; it has to be between 0 and 1")
         both = self.cache is not None and self.images is not None
         if both or (self.cache is None and self.images is None and self.split is None):
             raise ValueError(
@@ -125,7 +131,7 @@ def run(config: PredictConfig) -> PredictReport:
     """Predicts and writes the table; unreadable rows go to `<out>.unreadable.csv`, with reasons."""
     device = resolve_device(config.device)
     loaded = load_run(config.run, device, config.weights)
-    rule = rule_of(loaded, config.top_k, config.threshold)
+    rule = rule_of(loaded, config.top_k, config.threshold, config.calibrated)
     order = None if config.submission_order is None else read_order(config.submission_order)
     if config.images is None:
         cache = open_known(loaded, config.cache, config.join, config.quiet)
@@ -190,12 +196,14 @@ def predict_cache(
     readable = valid if arrays.readable is None else valid & arrays.readable[rows]
     good = rows[readable]
     table = FeatureTables(arrays, good, device)
+    rule = rule or rule_of(run, Rule.top_k, None)
+    batches = (table.slice(*span) for span in table.spans(len(run.classes)))
     frame = tabulate(
         run,
         [cache.ids[row] for row in good],
         [cache.paths[row] for row in good],
-        probabilities(run, (table.slice(*span) for span in table.spans(len(run.classes)))),
-        rule or rule_of(run, Rule.top_k, None),
+        probabilities(run, batches, rule.temperature),
+        rule,
     )
     unread = "unreadable when the cache was extracted"
     bad = [
@@ -249,8 +257,8 @@ def predict_images(
             yield batch.features
 
     # `good` fills up while the scores are drawn.
-    scores = probabilities(run, features())
-    frame = tabulate(run, good, good, scores, rule or rule_of(run, Rule.top_k, None))
+    rule = rule or rule_of(run, Rule.top_k, None)
+    frame = tabulate(run, good, good, probabilities(run, features(), rule.temperature), rule)
     progress.close()
     return frame, bad
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from featcache.prediction_table import table_bytes
 from heads.base import Features
+from heads.calibration import calibration_of
 from heads.run_folder import LoadedRun, RunError, write_atomic
+from heads.thresholds import nearest_class
 
 
 @dataclass(frozen=True)
@@ -33,31 +35,60 @@ class Rule:
         top_k: classes listed, best first.
         thresholds: probability from which on a class counts as present, one for all or (C,); None
             where none can be said.
+        temperature: what logits are divided by before they become probabilities, > 0.
     """
 
     top_k: int = 5
     thresholds: float | npt.NDArray[np.floating] | None = 0.5
+    temperature: float = 1.0
 
 
-def rule_of(run: LoadedRun, top_k: int, threshold: float | None) -> Rule:
+def rule_of(
+    run: LoadedRun, top_k: int, threshold: float | Literal["searched"] | None, scaled: bool = True
+) -> Rule:
     """The rule that options mean for a head.
 
     Args:
         run: trained head.
         top_k: classes listed.
-        threshold: stated by the user; None = 0.5, unless the head's logits only rank, in which case
-            no class can be said to be present.
+        threshold: stated by the user; "searched" = one a class, as the training searched them; None
+            = 0.5, unless the head's logits only rank, in which case no class can be said to be
+            present.
+        scaled: divide by the temperature that the training fitted, if it did. Searched thresholds
+            move along, so that the same classes are present either way.
+
+    Raises:
+        RunError: if searched thresholds are asked for and there are none.
     """
+    calibration = calibration_of(run)
+    temperature = calibration.temperature if calibration is not None and scaled else 1.0
     if run.task != "multi_label":
-        return Rule(top_k, None)
+        return Rule(top_k, None, temperature)
     if threshold is None:
-        return Rule(top_k, 0.5 if run.head.has_probabilities else None)
-    return Rule(top_k, threshold)
+        return Rule(top_k, 0.5 if run.head.has_probabilities else None, temperature)
+    if threshold != "searched":
+        return Rule(top_k, threshold, temperature)
+    if calibration is None or calibration.thresholds is None:
+        raise RunError(
+            f"threshold=searched: {run.path} holds no searched thresholds of these weights and "
+            "classes; train it again, or give a probability such as 0.5"
+        )
+    searched = calibration.threshold_array()
+    if not scaled:
+        searched = 1 / (1 + (1 / searched - 1) ** calibration.temperature)
+    return Rule(top_k, searched, temperature)
 
 
 @torch.inference_mode()
-def probabilities(run: LoadedRun, batches: Iterator[Features]) -> Iterator[Tensor]:
+def probabilities(
+    run: LoadedRun, batches: Iterator[Features], temperature: float = 1.0
+) -> Iterator[Tensor]:
     """(b, C) probabilities of each batch that has rows, on the CPU.
+
+    Args:
+        run: trained head.
+        batches: features as it reads them.
+        temperature: see `Rule`.
 
     Raises:
         RunError: if a score is NaN or infinite.
@@ -68,6 +99,7 @@ def probabilities(run: LoadedRun, batches: Iterator[Features]) -> Iterator[Tenso
         logits = run.head(*features)
         if not torch.isfinite(logits).all():
             raise RunError(f"{run.path}: the head gives NaN or infinite scores; train it again")
+        logits = logits / temperature
         scores = logits.sigmoid() if run.task == "multi_label" else logits.softmax(1)
         yield scores.cpu()
 
@@ -82,7 +114,8 @@ def tabulate(
     """One line a row: id, path, class_1, probability_1, class_2, ….
 
     In a multi-label set also `classes`, a list of those at or above their threshold; left out where
-    the rule has none.
+    the rule has none. Where classes have thresholds of their own, `nearest` is the class closest to
+    (or furthest above) its threshold: the answer where one has to be given and none reaches.
 
     Args:
         run: trained head.
@@ -93,7 +126,7 @@ def tabulate(
     """
     names = np.asarray(run.class_names, dtype=object)
     top_k = min(rule.top_k, len(names))
-    order, best, present = [], [], list[list[str]]()
+    order, best, present, nearest = [], [], list[list[str]](), list[str]()
     says_present = run.task == "multi_label" and rule.thresholds is not None
     for batch in scores:
         # Stable, so that equal probabilities come in class order.
@@ -102,11 +135,15 @@ def tabulate(
         best.append(ranked.values[:, :top_k].numpy())
         if says_present:
             present += [names[row].tolist() for row in batch.numpy() >= rule.thresholds]
+        if isinstance(rule.thresholds, np.ndarray):
+            nearest += names[nearest_class(batch.numpy(), rule.thresholds)].tolist()
     index = np.concatenate(order) if order else np.zeros((0, top_k), np.int64)
     values = np.concatenate(best) if best else np.zeros((0, top_k), np.float32)
     columns: dict[str, Any] = {"id": list(ids), "path": list(paths)}
     if says_present:
         columns["classes"] = present
+    if isinstance(rule.thresholds, np.ndarray):
+        columns["nearest"] = nearest
     for rank in range(top_k):
         columns[f"class_{rank + 1}"] = names[index[:, rank]]
         columns[f"probability_{rank + 1}"] = values[:, rank]

@@ -30,7 +30,7 @@ from heads.reporting.run_page import RunPage, head_sections
 from heads.run_folder import LoadedRun, load_run, read_history, read_json
 from heads.scoring import MetricsConfig, score_part
 from heads.train import TrainConfig
-from heads.visualise import HasPrompts, png, prompt_claims
+from heads.visualise import HasPrompts, encoded, prompt_claims
 
 _TILE = 84
 
@@ -130,7 +130,8 @@ def _prompt_sections(
             _TILE,
             f"{claims.name}: {len(claims.rows):,} {split} images",
         )
-        uri = "data:image/png;base64," + base64.b64encode(png(sheet)).decode()
+        content = base64.b64encode(encoded(sheet, "JPEG")).decode()
+        uri = f"data:image/jpeg;base64,{content}"
         body += page.chart(uri, f"images claimed by the sub-prompts of {claims.name}")
     if thumbnails.num_missing:
         body += page.paragraph(

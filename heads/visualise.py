@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +138,7 @@ def run(config: VisualiseConfig) -> list[Path]:
             config.tile,
             f"{title}{config.temperature:g}",
         )
-        write_atomic(file, png(sheet))
+        write_atomic(file, encoded(sheet, "PNG"))
     print(f"{title}{config.temperature:g}")
     for k, own in enumerate(strongest):
         best = ", ".join(f"{cache.ids[row]} {share:.3f}" for row, share in own[:_SHOWN_SCORES])
@@ -205,10 +205,10 @@ def class_number(names: Sequence[str], name: str | None, index: int | None) -> i
     raise ConfigError(f"class_name: no class {name!r}; there are {', '.join(names[:8])}, …")
 
 
-def png(sheet: Image.Image) -> bytes:
-    """A picture's bytes as PNG."""
+def encoded(sheet: Image.Image, kind: Literal["PNG", "JPEG"]) -> bytes:
+    """A picture as a file's bytes; JPEG is a quarter as large, and good enough for a page."""
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    sheet.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {}))
     return buffer.getvalue()
 
 

@@ -1,8 +1,10 @@
 """What each sub-prompt of a class stands for: the images that it claims most, a row a prompt."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -65,8 +67,8 @@ def draw(
     width = _MARGIN + num_columns * (side + _GAP) + _GAP
     sheet = Image.new("RGB", (width, _TITLE + len(claims) * (side + _GAP) + _GAP), _PAPER)
     drawing = ImageDraw.Draw(sheet)
-    drawing.text((12, _TITLE / 2), title, _INK, ImageFont.load_default(20), anchor="lm")
-    small, large = ImageFont.load_default(13), ImageFont.load_default(17)
+    small, large = _font(12), _font(15)
+    drawing.text((12, _TITLE / 2), title, _INK, _font(18), anchor="lm")
     for place, (k, own) in enumerate(zip(prompts, claims, strict=True)):
         top = _TITLE + place * (side + _GAP)
         middle = top + side / 2
@@ -84,3 +86,8 @@ def draw(
             drawing.rectangle((left, top, box[2] + 4, box[3] + 3), _PAPER)
             drawing.text((left + 5, top + 3), text, _INK, small)
     return sheet
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's font: Pillow's own has no Greek letters."""
+    return ImageFont.truetype(Path(mpl.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)

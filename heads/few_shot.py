@@ -225,6 +225,7 @@ def _training(config: FewShotConfig, name: str, kind: str) -> TrainConfig:
         "device": config.device,
         "restart": config.restart,
         "quiet": True,
+        "report": False,
     }
     try:
         return TrainConfig.from_values(values)

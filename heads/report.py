@@ -28,7 +28,7 @@ from heads.evaluate import choose_split, open_known, open_part
 from heads.reporting import prompt_grid
 from heads.reporting.run_page import RunPage, head_sections
 from heads.run_folder import LoadedRun, load_run, read_history, read_json
-from heads.scoring import MetricsConfig, score_part
+from heads.scoring import Intervals, MetricsConfig, score_part
 from heads.train import TrainConfig
 from heads.visualise import HasPrompts, encoded, prompt_claims
 
@@ -80,7 +80,9 @@ def run(config: ReportConfig) -> Path:
     scored = score_part(loaded.head, table, part, loaded.classes, config.metrics, calibration)
     values = read_json(config.run / "metrics.json")
     decided = str(values["val_rows_from"])
-    others = [] if split == decided else [(decided, values["val"], {})]
+    others: list[tuple[str, dict[str, float], Intervals]] = []
+    if split != decided:
+        others.append((decided, values["val"], {}))
     shown = RunPage(
         folder=config.run.resolve(),
         record=loaded.record,

@@ -180,7 +180,7 @@ def prompt_claims(
     if not own.any():
         raise RunError(f"{cache.path}: no readable {split} row has class {class_index} ({name})")
     table = FeatureTables(arrays, part.rows[own], device)
-    shares = head.assignments(*table.slice(0, len(table)), class_index, temperature)
+    shares = head.assignments(table.slice(0, len(table))[0], class_index, temperature)
     return PromptClaims(class_index, name, part.rows[own], shares.float().cpu().numpy())
 
 

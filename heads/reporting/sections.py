@@ -171,7 +171,7 @@ def calibration_section(part: Scored, calibration: Calibration) -> Section:
 
 def statements(
     outputs: Outputs, calibration: Calibration
-) -> tuple[dict[str, npt.NDArray[np.floating]], npt.NDArray[np.bool_]]:
+) -> tuple[Mapping[str, npt.NDArray[np.floating]], npt.NDArray[np.bool_]]:
     """Probabilities before and after scaling, by name, and which of the statements are true."""
     if outputs.rows is not None:
         rows = outputs.rows
@@ -179,7 +179,7 @@ def statements(
     assert outputs.scores is not None, "neither rows nor scores"
     step = max(1, outputs.scores.size // _MOST_STATEMENTS)
     scores = outputs.scores[::step].astype(np.float64)
-    found = {
+    found: dict[str, npt.NDArray[np.floating]] = {
         name: (0.5 * (1 + np.tanh(0.5 * scores / temperature))).ravel()
         for name, temperature in (("as trained", 1.0), ("calibrated", calibration.temperature))
     }

@@ -123,13 +123,14 @@ class ClipPromptTower(PromptTower):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings; see `PromptTower.embed`."""
-        return self._table(ids.to(self.device)).float()
+        embeddings: Tensor = self._table(ids.to(self.device))
+        return embeddings.float()
 
     def encode(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
         """Text features; see `PromptTower.encode`."""
         lengths = lengths.to(self.device)
         longest = int(lengths.max())
-        x = embeddings[:, :longest].to(self.device, self._dtype)
+        x: Tensor = embeddings[:, :longest].to(self.device, self._dtype)
         x = x + self._positions[:longest].to(self._dtype)
         x = self._transformer(x, attn_mask=self._causal[:longest, :longest])
         x = self._norm(x[torch.arange(len(x), device=self.device), lengths - 1])
@@ -173,7 +174,8 @@ class BertPromptTower(PromptTower):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings; see `PromptTower.embed`."""
-        return self._table(ids.to(self.device)).float()
+        embeddings: Tensor = self._table(ids.to(self.device))
+        return embeddings.float()
 
     def encode(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
         """Text features; see `PromptTower.encode`."""
@@ -184,4 +186,5 @@ class BertPromptTower(PromptTower):
         # The encoder adds positions in place.
         x = self._encoder.embeddings(inputs_embeds=x.clone())
         states = self._encoder(encoder_embeds=x, attention_mask=mask.to(x.dtype)).last_hidden_state
-        return self._projection(states[:, 0]).float()
+        features: Tensor = self._projection(states[:, 0])
+        return features.float()

@@ -32,6 +32,9 @@ from featcache.garden.worker import ART, draw_rows, image_path, make_garden
 from featcache.identity import fingerprint
 from featcache.manifest import ROW_SCHEMA, Manifest
 
+_LEVELS = ("name", "genus", "family")
+"""Columns of the class table of species that become labels of a taxonomy."""
+
 _ALONE = 200
 """Up to this many images are drawn by this process: starting others takes longer."""
 
@@ -49,13 +52,14 @@ class GardenConfig(DatasetConfig):
     """Species, 2..1536; the taxonomy depends on this number alone."""
     image_size: int = Field(default=64, ge=16, le=1024)
     """Height and width in pixels, 16..1024."""
-    task: GardenTask = "single_label"
-    """single_label: the species; multi_label: the families and things that are in the picture."""
+    task: GardenTask | Literal["taxonomy"] = "single_label"
+    """single_label: the species; multi_label: the families and things that are in the picture;
+    taxonomy: pictures of single_label with three labels each, species, genus and family."""
     domain: Domain = "meadow"
     """meadow: by day; night: dark, noisy and blurred, the same classes."""
     imbalance: float | None = Field(default=None, ge=1, le=10000)
     """Most frequent over rarest class, 1..10000: training images of the species (val and test stay
-    even), or chances of the labels; unset = 1 for single_label, 100 for multi_label."""
+    even), or chances of the labels; unset = 1 for single_label, otherwise 100."""
     num_captions: int = Field(default=2, ge=0, le=5)
     """Captions an image, 0..5."""
     covered: float = Field(default=0.0, ge=0, le=1)
@@ -105,7 +109,7 @@ class GardenConfig(DatasetConfig):
         options = self._options()
         # Options that came later name a folder only where they change something.
         named = {k: v for k, v in options.items() if v or k not in ("covered", "vague", "company")}
-        folder = self.root / f"{self.domain}-{self.task}-{fingerprint(named)[:10]}"
+        folder = self.root / f"{self.domain}-{self._drawn}-{fingerprint(named)[:10]}"
         if not (folder / "rows.parquet").is_file():
             _draw(folder, options, *self._plan(), self.num_workers or os.cpu_count() or 1)
         rows = pq.read_table(folder / "rows.parquet", schema=ROW_SCHEMA)
@@ -116,9 +120,9 @@ class GardenConfig(DatasetConfig):
             # With the folder's name, so that a cache of other options has another identity.
             paths=[f"{folder.name}/{path}" for path in rows.column("path").to_pylist()],
             splits=rows.column("split").combine_chunks(),
-            labels=rows.column("labels").combine_chunks(),
+            labels=self._labels(rows.column("labels").combine_chunks()),
             classes=self._classes(),
-            task=self.task,
+            task="single_label" if self.task == "single_label" else "multi_label",
             captions=rows.column("captions").combine_chunks() if self.num_captions else None,
         )
 
@@ -127,19 +131,24 @@ class GardenConfig(DatasetConfig):
         options = self.model_dump(mode="json", exclude={"kind", "root", "limit", "num_workers"})
         usual = 1.0 if self.task == "single_label" else 100.0
         options["imbalance"] = usual if self.imbalance is None else self.imbalance
-        return {**options, "art": ART}
+        return {**options, "task": self._drawn, "art": ART}
+
+    @property
+    def _drawn(self) -> GardenTask:
+        """The task whose pictures these are."""
+        return "single_label" if self.task == "taxonomy" else self.task
 
     def _plan(self) -> tuple[list[str], list[int]]:
         """Split and species of each image, in random order within a split."""
         num_val = round(self.num_images * self.val_fraction)
         num_test = round(self.num_images * self.test_fraction)
         num_train = self.num_images - num_val - num_test
-        if self.task == "single_label" and num_train < self.num_species:
+        if self._drawn == "single_label" and num_train < self.num_species:
             raise DatasetError(
                 f"dataset.num_images {self.num_images} leaves {num_train} training images for "
                 f"{self.num_species} species; expected at least one each, so raise num_images"
             )
-        ratio = self._options()["imbalance"] if self.task == "single_label" else 1.0
+        ratio = self._options()["imbalance"] if self._drawn == "single_label" else 1.0
         rng = np.random.default_rng([self.seed, self.num_species])
         # Which species are rare has nothing to do with the taxonomy.
         ranks = rng.permutation(self.num_species) / max(1, self.num_species - 1)
@@ -153,10 +162,27 @@ class GardenConfig(DatasetConfig):
             splits += [split] * len(classes)
         return splits, species
 
+    def _labels(self, drawn: pa.Array) -> pa.Array | list[list[int]]:
+        """Labels of the rows, from those that were drawn."""
+        if self.task != "taxonomy":
+            return drawn
+        rows = pd.DataFrame([one.row() for one in make_species(self.num_species)])
+        codes = [pd.factorize(rows[level])[0] for level in _LEVELS]
+        first = np.cumsum([0, *(int(part.max()) + 1 for part in codes)])
+        own = np.stack([part + start for part, start in zip(codes, first[:-1], strict=True)], 1)
+        found: list[list[int]] = own[[labels[0] for labels in drawn.to_pylist()]].tolist()
+        return found
+
     def _classes(self) -> pd.DataFrame:
         species = make_species(self.num_species)
         if self.task == "single_label":
             return pd.DataFrame([one.row() for one in species])
+        if self.task == "taxonomy":
+            rows = pd.DataFrame([one.row() for one in species])
+            return pd.DataFrame(
+                [(name, level) for level in _LEVELS for name in dict.fromkeys(rows[level])],
+                columns=["name", "level"],
+            )
         groups = {noun: order for order, noun, _ in FAMILIES}
         groups |= {name: group for name, group, _ in OBJECTS}
         names = multi_label_names(species)

@@ -33,7 +33,11 @@ class LmptConfig(PromptLearningConfig):
     takes_loss: ClassVar[bool] = True
     needs_prompts: ClassVar[bool] = True
     optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
-        lr=1e-3, weight_decay=0.0, epochs=50, batch_size=4096
+        # Decay holds rare classes near their text features: Adam moves them as far as frequent ones.
+        lr=3e-3,
+        weight_decay=2.0,
+        epochs=50,
+        batch_size=4096,
     )
 
     kind: Literal["lmpt"] = "lmpt"

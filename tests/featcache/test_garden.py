@@ -273,3 +273,19 @@ def test_contact_sheet(tmp_path: Path) -> None:
     with Image.open(sheet) as image:
         assert image.size == (40 + 4 * 24 + 4, 3 * 24 + 4)
         assert np.asarray(image)[:, 44:].std() > 10
+
+
+def test_a_taxonomy_labels_the_same_pictures_three_times(tmp_path: Path) -> None:
+    one = tiny(tmp_path, num_species=12, imbalance=10.0).manifest()
+    several = tiny(tmp_path, num_species=12, imbalance=10.0, task="taxonomy").manifest()
+    assert several.paths == one.paths, "drawn once"
+    assert several.task == "multi_label"
+    names, levels = list(several.classes["name"]), list(several.classes["level"])
+    assert len(set(names)) == len(names)
+    for row, own in zip(one.rows.to_pylist(), several.rows.to_pylist(), strict=True):
+        species = one.classes.iloc[row["labels"][0]]
+        found = [(levels[c], names[c]) for c in own["labels"]]
+        assert found == [(level, species[level]) for level in ("name", "genus", "family")]
+    long_tailed = tiny(tmp_path, num_images=200, task="taxonomy").manifest().classes
+    counts = long_tailed["count"][long_tailed["level"] == "name"]
+    assert counts.max() > 30 * counts.min(), "imbalance 100 unless another is given"

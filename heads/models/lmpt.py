@@ -33,7 +33,7 @@ class LmptConfig(PromptLearningConfig):
     takes_loss: ClassVar[bool] = True
     needs_prompts: ClassVar[bool] = True
     optim_defaults: ClassVar[OptimDefaults] = OptimDefaults(
-        # Decay holds rare classes near their text features: Adam moves them as far as frequent ones.
+        # Decay keeps rare classes near their text features; Adam moves all classes as far.
         lr=3e-3,
         weight_decay=2.0,
         epochs=50,

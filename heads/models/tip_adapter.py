@@ -194,7 +194,7 @@ class TipAdapter(Head):
 
     def _logits(self, features: Tensor, alpha: float, beta: float) -> Tensor:
         unit = F.normalize(features.float(), dim=-1)
-        zero_shot = self.scale * F.linear(unit, self.vectors)
+        zero_shot = self.scale * F.linear(unit, self.vectors).float()
         return torch.add(zero_shot, self._votes(unit, beta), alpha=alpha)
 
     def _votes(self, unit: Tensor, beta: float) -> Tensor:
@@ -203,6 +203,7 @@ class TipAdapter(Head):
         size = max(1, math.floor(_HELD / max(len(unit), 1)))
         keys = F.normalize(self.keys, dim=-1) if self.trainable else self.keys
         for part, labels in zip(keys.split(size), self.labels.split(size), strict=True):
-            near = torch.exp(beta * (F.linear(part, unit) - 1.0))  # (n, B)
+            cosines = F.linear(part, unit).float()  # (n, B), half under autocast
+            near = torch.exp(beta * (cosines - 1.0))
             votes = votes.index_add(0, labels, near)
         return votes.t()

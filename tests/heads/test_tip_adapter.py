@@ -103,6 +103,11 @@ def test_trained_keys_start_as_the_rows_and_lower_the_loss() -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = head.loss((queries(),), targets, 0.0)["loss"]
+    torch.testing.assert_close(
+        mixed, head.loss((queries(),), targets, 0.0)["loss"], rtol=0.02, atol=0.0
+    )
     assert [name for name, _ in head.named_parameters()] == ["keys"]
 
 

@@ -98,8 +98,8 @@ def run(config: FewShotConfig) -> FewShotReport:
                 "seed": seed,
             }
         )
-        report = train.run(one)
-        values = report.metrics
+        trained = train.run(one)
+        values = trained.metrics
         if "test" not in values:
             raise ConfigError(
                 f"{config.cache}: has no labelled test split; the table reports test rows, so "
@@ -112,7 +112,7 @@ def run(config: FewShotConfig) -> FewShotReport:
                 "kind": one.head.kind,
                 "shots": shots,
                 "seed": seed,
-                "run": str(report.run),
+                "run": str(trained.run),
                 "candidate": values["candidate"],
                 "num_train_rows": values["num_train_rows"],
                 "seconds": values["seconds"],
@@ -120,7 +120,7 @@ def run(config: FewShotConfig) -> FewShotReport:
                 **values["test"],
             }
         )
-        if not report.reused:
+        if not trained.reused:
             trained_seconds += values["seconds_total"]
             num_trained += 1
         left = trained_seconds / max(num_trained, 1) * (len(grid) - done - 1)
@@ -149,9 +149,10 @@ def summarise(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 def markdown(table: pd.DataFrame, heads: Sequence[str]) -> str:
     """A table in percent: one row a head, one column for each number of shots."""
     shots = sorted(table["shots"].unique())
+    columns = (table[column].tolist() for column in ("head", "shots", "mean", "std"))
     text = {
-        (str(row.head), int(row.shots)): f"{100 * row.mean_:.1f} ± {100 * row.std_:.1f}"
-        for row in table.rename(columns={"mean": "mean_", "std": "std_"}).itertuples()
+        (head, count): f"{100 * mean:.1f} ± {100 * std:.1f}"
+        for head, count, mean, std in zip(*columns, strict=True)
     }
     lines = [["head", *(f"{count} shot{'s' if count > 1 else ''}" for count in shots)]]
     lines += [[name, *(text[name, count] for count in shots)] for name in heads]

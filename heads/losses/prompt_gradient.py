@@ -70,7 +70,8 @@ def offsets_gradient(
     rows = order[position]
     own_entries = (rows, targets[rows], member, weights[position, member], scores.own[rows, member])
 
-    pair_entries, touched = None, None
+    pair_entries: tuple[Tensor, ...] | None = None
+    touched: Tensor | None = None
     if len(scores.pairs) == 3:
         rows, prompts, top = scores.pairs
         classes = prompts // num_prompts

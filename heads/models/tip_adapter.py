@@ -202,7 +202,9 @@ class TipAdapter(Head):
         votes = unit.new_zeros(len(self.vectors), len(unit))
         size = max(1, math.floor(_HELD / max(len(unit), 1)))
         keys = F.normalize(self.keys, dim=-1) if self.trainable else self.keys
-        for part, labels in zip(keys.split(size), self.labels.split(size), strict=True):
+        for part, labels in zip(
+            torch.split(keys, size), torch.split(self.labels, size), strict=True
+        ):
             cosines = F.linear(part, unit).float()  # (n, B), half under autocast
             near = torch.exp(beta * (cosines - 1.0))
             votes = votes.index_add(0, labels, near)

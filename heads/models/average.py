@@ -128,6 +128,7 @@ class AverageConfig(HeadConfig):
             space=self.space,
             multi_label=spec.task == "multi_label",
             mixtures=self.mixtures(),
+            titles=[f"member {place} ({run.name})" for place, run in enumerate(self.runs, 1)],
         )
 
 
@@ -149,6 +150,7 @@ class Average(Head):
         space: Space,
         multi_label: bool,
         mixtures: list[tuple[float, ...]],
+        titles: list[str],
     ) -> None:
         """A head over the arrays `names`.
 
@@ -158,15 +160,12 @@ class Average(Head):
             space: what is averaged.
             multi_label: sigmoids instead of a softmax make probabilities of logits.
             mixtures: M shares each, ≥ 0 with sum 1; all are candidates.
+            titles: M different names, for `monitors`.
         """
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.names, self.space, self.multi_label, self.mixtures = (
-            names,
-            space,
-            multi_label,
-            mixtures,
-        )
+        self.names, self.mixtures, self.titles = names, mixtures, titles
+        self.space, self.multi_label = space, multi_label
         self.has_probabilities = all(member.head.has_probabilities for member in members)
 
     def forward(self, *features: Tensor) -> Tensor:
@@ -180,9 +179,8 @@ class Average(Head):
             yield mixture_name(weights), self._mix(logits, usable, weights)
 
     def monitors(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(B, C) logits of each member alone, under "member 1", …."""
-        for number, logits in enumerate(self._members(features)[0], 1):
-            yield f"member {number}", logits
+        """(B, C) logits of each member alone, by its title."""
+        yield from zip(self.titles, self._members(features)[0], strict=True)
 
     def trained_state(self, candidate: str = "") -> Mapping[str, Tensor]:
         """All that the members are made of; shares are options."""

@@ -133,6 +133,7 @@ def average(
         space=space,  # type: ignore[arg-type]
         multi_label=multi_label,
         mixtures=mixtures,
+        titles=["a", "b", "c"],
     )
     torch.manual_seed(9)
     return head.eval(), {name: 4 * torch.randn(8, width) for name, width in arrays.items()}
@@ -215,6 +216,7 @@ class TestAverage:
             alone = json.loads((run / "metrics.json").read_text())
             assert values["by_candidate"][f"shares {end}"] == alone["val"]["top1"]
             shutil.rmtree(run)
+        assert set(values["monitors"]["test"]) == {"member 1 (a)", "member 2 (b)"}
         loaded = load_run(tmp_path / "both")
         assert isinstance(loaded.config, AverageConfig)
         assert mixture_name(loaded.config.weights or ()) == values["candidate"]

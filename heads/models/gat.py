@@ -28,13 +28,7 @@ from heads.base import Features, FeatureSpec, Head, HeadConfig, OptimDefaults
 from heads.label_graph import GraphAttention, adjacency
 from heads.losses.base import Loss
 from heads.mlp import Mlp, RowScale, RowScaling
-
-Feature = Literal["projected", "pooled", "multimodal"]
-_ARRAYS: Mapping[Feature, str] = {
-    "projected": "image/projected",
-    "pooled": "image/pooled",
-    "multimodal": "image/multimodal_pooled",
-}
+from heads.models.naive import ARRAYS, Feature
 
 
 class GatConfig(HeadConfig):
@@ -49,14 +43,14 @@ class GatConfig(HeadConfig):
     """Head kind."""
     feature: Feature = "projected"
     """projected = image features in the space shared with text; pooled = the wider ones before it;
-    multimodal = the joint encoder's of image and caption (blip)."""
+    multimodal = the joint encoder's of image and caption (blip); text = the captions' own."""
     scaling: RowScaling = "standard"
     """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
     norm 1, times the root of the width; none = as stored."""
     nodes: Literal["learned", "text"] = "learned"
     """What labels start from: learned = vectors of their own; text = the text features of their
     names, fixed."""
-    threshold: float = Field(default=0.0, ge=0, le=1)
+    threshold: float = Field(default=0.05, ge=0, le=1)
     """Edges below this share of a label's company are left out, 0..1."""
     width: PositiveInt = 256
     """Width of label vectors and of what rows are brought to, a multiple of num_heads."""
@@ -77,7 +71,7 @@ class GatConfig(HeadConfig):
 
     def arrays(self) -> tuple[str, ...]:
         """The array that `feature` names."""
-        return (_ARRAYS[self.feature],)
+        return (ARRAYS[self.feature],)
 
     def wants_statistics(self) -> bool:
         """True for `scaling=standard`."""
@@ -122,7 +116,7 @@ class GatConfig(HeadConfig):
             graph = torch.from_numpy(edges).float()
         if self.nodes == "text" and spec.prompts is None:
             raise ValueError("nodes=text needs class text features in FeatureSpec.prompts")
-        width = spec.width(_ARRAYS[self.feature])
+        width = spec.width(ARRAYS[self.feature])
         text = ensemble(spec.prompts) if self.nodes == "text" and spec.prompts is not None else None
         return Gat(
             RowScale(width, self.scaling, spec.mean, spec.std),

@@ -148,7 +148,7 @@ def test_the_graph_is_in_the_run_and_need_not_be_counted_again() -> None:
 def test_what_has_no_graph_is_refused() -> None:
     with pytest.raises(ConfigError, match="task is single_label, expected multi_label"):
         head_of("single_label")
-    with pytest.raises(ConfigError, match=r"no two labels .* \(threshold 0\)"):
+    with pytest.raises(ConfigError, match=r"no two labels .* \(threshold 0\.05\)"):
         head_of(hot=np.eye(5))
     with pytest.raises(ConfigError, match=r"lower head\.threshold"):
         head_of(threshold=0.99)

@@ -49,13 +49,14 @@ def kept(shape: torch.Size, share: float) -> Tensor:
     """Bool tensor on the CPU, True with probability 1 − share to within 1/65536."""
     count = shape.numel()
     drawn = torch.empty(-(-count * _BITS // 64), dtype=torch.int64).random_(-(2**63), None)
-    threshold = round(share * 2**_BITS) - 2 ** (_BITS - 1)
-    return (drawn.view(torch.int16)[:count] >= threshold).view(shape)
+    threshold = round(share * (1 << _BITS)) - (1 << (_BITS - 1))
+    mask: Tensor = drawn.view(torch.int16)[:count] >= threshold
+    return mask.view(shape)
 
 
 def _scale(share: float) -> float:
     """One over the share that `kept` really keeps."""
-    return 2**_BITS / (2**_BITS - round(share * 2**_BITS))
+    return (1 << _BITS) / ((1 << _BITS) - round(share * (1 << _BITS)))
 
 
 class _Dropout(torch.autograd.Function):
@@ -67,7 +68,7 @@ class _Dropout(torch.autograd.Function):
         return (values * mask).mul_(ctx.scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return (gradient * mask).mul_(ctx.scale), None
@@ -83,7 +84,7 @@ class _ReluDropout(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (values,) = ctx.saved_tensors
         return (gradient * (values > 0)).mul_(ctx.scale), None

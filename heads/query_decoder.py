@@ -87,29 +87,30 @@ class QueryDecoder(nn.Module):
         """(B, G, W) multi-head attention of (G, W) queries to (B, L, W) memory."""
         (num_rows, num_tokens, width), num_queries = memory.shape, len(queries)
         heads, head_dim = self.num_heads, width // self.num_heads
-        asked = self.query(queries).unflatten(1, (heads, head_dim)) / math.sqrt(head_dim)
+        asked = self.query(queries).view(num_queries, heads, head_dim) / math.sqrt(head_dim)
         if heads * num_queries <= width + num_queries:
-            keys = self.key.weight.unflatten(0, (heads, head_dim))
+            keys = self.key.weight.view(heads, head_dim, width)
             asked = torch.einsum("ghd,hdw->ghw", asked, keys).flatten(0, 1)
-            scores = F.linear(memory, asked).unflatten(2, (num_queries, heads))
+            scores = F.linear(memory, asked).view(num_rows, num_tokens, num_queries, heads)
         else:
-            keys = self.key(memory).unflatten(2, (heads, head_dim))
+            keys = self.key(memory).view(num_rows, num_tokens, heads, head_dim)
             scores = torch.einsum("blhd,ghd->blgh", keys, asked)
         scores = scores.permute(0, 3, 2, 1)  # (B, heads, G, L)
         if mask is not None:
             seen = mask | ~mask.any(1, keepdim=True)
             scores = scores.masked_fill(~seen[:, None, None, :], -math.inf)
         weights = dropout(scores.softmax(-1), share)
-        values = self.value(memory).unflatten(2, (heads, head_dim))
+        values: Tensor = self.value(memory).view(num_rows, num_tokens, heads, head_dim)
         weights = weights.to(values.dtype)
         late = num_queries * (num_tokens + width)
         early = num_tokens * width + num_queries * heads * num_tokens
         if late <= 2 * early:  # products of many small matrices are slower than their count says
             summed = weights @ values.transpose(1, 2)  # (B, heads, G, head_dim)
-            return self.out(summed.transpose(1, 2).flatten(2))
+            result: Tensor = self.out(summed.transpose(1, 2).flatten(2))
+            return result
         # One matrix product for each head: a broadcast `@` would copy its weights for each row.
-        outs = self.out.weight.t().unflatten(0, (heads, head_dim))
+        outs = self.out.weight.t().reshape(heads, head_dim, width)
         ready = torch.bmm(values.flatten(0, 1).transpose(0, 1), outs)  # (heads, B · L, W)
-        ready = ready.unflatten(1, (num_rows, num_tokens)).transpose(0, 1).flatten(1, 2)
+        ready = ready.view(heads, num_rows, num_tokens, width).transpose(0, 1).flatten(1, 2)
         joined = weights.transpose(1, 2).flatten(2)  # (B, G, heads · L)
         return torch.bmm(joined, ready) + self.out.bias

@@ -249,4 +249,5 @@ class MlDecoder(Head):
         # Unit vectors of a few hundred entries have small ones: bring them to size one.
         text = F.normalize(text, dim=1) * math.sqrt(text.shape[1])
         found = self.decoder(F.relu(self.from_text(text)), tokens, mask)
-        return (found @ self.weight.to(found.dtype)).squeeze(2).float() + self.bias
+        scores: Tensor = (found @ self.weight.to(found.dtype)).squeeze(2)
+        return scores.float() + self.bias

@@ -173,3 +173,20 @@ def test_a_rare_label_borrows_from_its_company() -> None:
         head.labels += 0.5 * moved
     change = (head.label_vectors() - before).norm(dim=1)
     assert change[1] > 1e-3
+
+
+def test_mixed_precision_gives_nearly_the_same_gradients() -> None:
+    head = head_of(dropout=0.0, width=32).train()
+    features = torch.randn(40, DIM)
+    targets = torch.from_numpy(labels()).float()
+    found = {}
+    for mixed in (False, True):
+        head.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = head.loss((features,), targets, 0.0)["loss"]
+        loss.backward()
+        found[mixed] = torch.cat(
+            [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+        )
+    difference = (found[True] - found[False]).norm() / found[False].norm()
+    assert 0 < difference < 0.03

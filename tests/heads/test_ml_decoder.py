@@ -222,3 +222,19 @@ class TestTextQueries:
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         MlDecoderConfig(**options)
+
+
+def test_mixed_precision_gives_nearly_the_same_logits_and_gradients() -> None:
+    head = head_of(7, groups=3, dropout=0.0, width=32, hidden=64)
+    tokens, targets = torch.randn(40, 4, DIM), (torch.rand(40, 7) < 0.3).float()
+    found = {}
+    for mixed in (False, True):
+        head.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = head.train().loss((tokens,), targets, 0.0)["loss"]
+        loss.backward()
+        gradients = [p.grad.flatten() for p in head.parameters() if p.grad is not None]
+        found[mixed] = torch.cat([loss.detach().reshape(1), torch.cat(gradients)])
+    assert found[True].dtype == torch.float32
+    difference = (found[True] - found[False]).norm() / found[False].norm()
+    assert 0 < difference < 0.03

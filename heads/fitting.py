@@ -160,12 +160,12 @@ def fit(
                     parts = compute(features, targets[piece.to(device)], step / num_steps)
                 if len(piece) < divisor:  # its part of the mean over the whole batch
                     parts = {name: v * (len(piece) / divisor) for name, v in parts.items()}
-                scaler.scale(parts["loss"]).backward()
-                for name, value in parts.items():
-                    own_part = value.detach()
-                    means[name] = means[name] + own_part if name in means else own_part
-            for name, value in means.items():
-                losses.setdefault(name, []).append(value)
+                scaler.scale(parts["loss"]).backward()  # type: ignore[no-untyped-call]
+                for name, part in parts.items():
+                    part = part.detach()
+                    means[name] = means[name] + part if name in means else part
+            for name, mean in means.items():
+                losses.setdefault(name, []).append(mean)
             group.sum_gradients(head)
             optimisation.set_lr(optimizer, factor(step) * plateau.scale, factors, plateau.min_lr)
             if optim.clip_norm is not None:

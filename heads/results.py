@@ -84,7 +84,7 @@ def write_results(
             calibration=calibration,
             config=config,
             record=record,
-            values=values,
+            values={**values, **found},
             history=history,
         )
     return found
@@ -116,7 +116,7 @@ def write_page(
         calibration: None = none was fitted.
         config: the resolved configuration, as plain values.
         record: `head.json`.
-        values: `metrics.json`, as far as it does not come from `results`.
+        values: `metrics.json`.
         history: one record an epoch.
     """
     from heads.reporting.run_page import RunPage, head_sections  # matplotlib takes a second

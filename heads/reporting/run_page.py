@@ -95,6 +95,8 @@ class RunPage:
         if self.history:
             metric, best = self.values["metric"], self.values["best_epoch"]
             yield sections.curve_section(self.history, metric, best)
+        if "monitors" in self.values:
+            yield sections.monitor_section(self.values["monitors"], self.values["metric"])
         yield sections.class_section(main, self.classes, boundaries)
         if main.outputs.rows is not None:
             yield sections.confusion_section(main, self.classes, self.taxa)

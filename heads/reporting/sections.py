@@ -62,6 +62,23 @@ def curve_section(history: Sequence[Mapping[str, Any]], metric: str, best_epoch:
     return Section("training", "Training", page.chart(style.data_uri(made), text))
 
 
+def monitor_section(monitors: Mapping[str, Mapping[str, float]], metric: str) -> Section:
+    """What parts of a head score alone.
+
+    Args:
+        monitors: by name of the rows, metric of each part.
+        metric: what it is.
+    """
+    parts = dict.fromkeys(name for found in monitors.values() for name in found)
+    columns = list(monitors.values())
+    rows = [
+        [name, *(_value(metric, found[name]) if name in found else "" for found in columns)]
+        for name in parts
+    ]
+    body = page.table([f"{metric} of", *monitors], rows, numbers=range(1, len(monitors) + 1))
+    return Section("parts", "Parts alone", body)
+
+
 def class_section(
     part: Scored, classes: pd.DataFrame, boundaries: tuple[int, int] | None
 ) -> Section:
@@ -195,7 +212,7 @@ def modality_section(
     missing = weights.sum(1) == 0
     if missing.any():
         text += f" {int(missing.sum()):,} rows have none of them."
-    chart = page.chart(style.data_uri(made), text)
+    chart = page.chart(style.data_uri(made), text, narrow=len(names) <= 2)
     return Section("modalities", "Modalities", page.paragraph(text) + chart)
 
 

@@ -226,12 +226,16 @@ def test_page_of_a_head_that_weighs_modalities_and_has_a_graph(
     run = load_run(multi / "run")
     run = replace(run, head=Showing(run.head).eval())
     monkeypatch.setattr(report, "load_run", lambda *_: run)
+    values = json.loads((multi / "run" / "metrics.json").read_text())
+    values["monitors"] = {"val": {"image alone": 0.123}, "test": {"image alone": 0.456}}
+    monkeypatch.setattr(report, "read_json", lambda _: values)
     options = MetricsConfig(bootstrap=100)
     out = report.run(ReportConfig(run=multi / "run", out=tmp_path / "x.html", metrics=options))
     text = out.read_text()
     assert "Weight of each modality in each of the 100 rows of test" in text
     assert "6 edges between 6 labels" in text
     assert "Thresholds searched there" in text
+    assert "<td>image alone</td><td class=n>12.30%</td><td class=n>45.60%</td>" in text
 
 
 def test_mcnemar_is_the_binomial_tail() -> None:

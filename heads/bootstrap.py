@@ -10,6 +10,7 @@ Reference: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +95,7 @@ def single_label_replicates(
     """
     num_rows, num_classes = len(rows), len(counts)
     hits = rows.rank < 1
-    columns = {
+    columns: dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]] = {
         "top1": (hits, None),
         "top5": (rows.rank < 5, None),
         "mean_margin": (rows.margin, None),
@@ -248,5 +249,5 @@ def _column_means(values: FloatArray) -> FloatArray:
 
 
 def _joined(found: Mapping[str, list[FloatArray]]) -> Replicates:
-    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    joined = {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
     return {name: values for name, values in joined.items() if not np.isnan(values).all()}

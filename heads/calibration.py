@@ -189,7 +189,8 @@ def chosen_rows(num_rows: int, num_classes: int, seed: int) -> npt.NDArray[np.in
 
 def _blocks(logits: Tensor, targets: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     step = max(1, (1 << 22) // logits.shape[1])
-    return zip(logits.split(step), targets.split(step), strict=True)
+    starts = range(0, len(logits), step)
+    return ((logits[start : start + step], targets[start : start + step]) for start in starts)
 
 
 def _nll(logits: Tensor, targets: Tensor, inverse: float) -> float:

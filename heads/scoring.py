@@ -186,7 +186,8 @@ def calibrate(head: Head, table: FeatureTables, part: Part, seed: int) -> Calibr
         return replace(found, thresholds=thresholds.tolist())
     num_classes = head(*table.slice(0, 1)).shape[1]
     chosen = torch.from_numpy(chosen_rows(len(part), num_classes, seed))
-    logits = torch.cat([head(*table.batch(rows)).float() for rows in chosen.split(4096)])
+    pieces = (chosen[start : start + 4096] for start in range(0, len(chosen), 4096))
+    logits = torch.cat([head(*table.batch(rows)).float() for rows in pieces])
     labels = torch.from_numpy(part.targets).to(table.device)[chosen.to(table.device)]
     return fit_single_label(logits, labels, part.name)
 
@@ -408,7 +409,7 @@ def _multi_label_table(
 
 
 def _class_table(
-    classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: Mapping[str, Sequence[Any]]
+    classes: pd.DataFrame, support: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]
 ) -> pd.DataFrame:
     head = {"class": np.arange(len(classes)), "name": classes["name"].to_numpy()}
     groups = stated_groups(classes)

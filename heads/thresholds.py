@@ -88,7 +88,8 @@ def nearest_class(
         thresholds: one for all, or (C,).
     """
     gap = np.asarray(probabilities, np.float64) - thresholds
-    return gap.argmax(1).astype(np.int64)
+    closest: npt.NDArray[np.int64] = gap.argmax(1)
+    return closest
 
 
 def _counts(

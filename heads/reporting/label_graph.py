@@ -49,10 +49,11 @@ def draw(edges: npt.NDArray[np.floating], names: Sequence[str], groups: Sequence
                 zorder=1,
             )
         )
-    colors = [style.GROUP_COLORS[groups[index]] for index in shown]
-    axes.scatter(*places.T, s=64, c=colors, zorder=3, edgecolors="white", linewidths=1)
+    colors = [style.GROUP_COLORS[groups[index]] for index in shown.tolist()]
+    left_right, up_down = places.T
+    axes.scatter(left_right, up_down, s=64, c=colors, zorder=3, edgecolors="white", linewidths=1)
     size = 9.5 if len(shown) <= 30 else 7.5
-    for index, angle, (x, y) in zip(shown, angles, places, strict=True):
+    for index, angle, (x, y) in zip(shown.tolist(), angles, places, strict=True):
         degrees = np.degrees(angle)
         flipped = np.cos(angle) < -1e-9
         axes.text(

@@ -38,9 +38,6 @@ from heads.watch import EarlyStop, Plateau
 SAVE_SECONDS = 10.0
 """Time between two saved states, if the user names no number of epochs."""
 
-_THREADS_PAY = 2**25
-"""Multiplications a step from which on several threads are faster than the barriers they cost."""
-
 
 @dataclass(frozen=True)
 class Material:
@@ -291,18 +288,6 @@ def memory_advice(optim: OptimConfig) -> Iterator[None]:
             f"memory; raise optim.accumulate to {2 * optim.accumulate} (same result), or lower "
             "optim.batch_size"
         ) from None
-
-
-@contextmanager
-def enough_threads(head: Head, batch_size: int) -> Iterator[None]:
-    """One thread for steps too small to share; measured 5x faster on a busy machine."""
-    before = torch.get_num_threads()
-    work = batch_size * sum(p.numel() for p in head.parameters() if p.requires_grad)
-    torch.set_num_threads(1 if work < _THREADS_PAY else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _mixed(*numbers: int) -> int:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from heads.checkpoint import CHECKPOINT
 from heads.data import FeatureTables, HeadArrays, open_arrays
 from heads.distributed import Group, group_for
 from heads.evaluate import main_metric
-from heads.fitting import Material, enough_threads, fit, memory_advice, untrained
+from heads.fitting import Material, fit, memory_advice, untrained
 from heads.losses import AnyLoss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
@@ -49,6 +49,7 @@ from heads.run_folder import WEIGHTS, RunError
 from heads.scoring import MetricsConfig, metrics_table
 from heads.shots import few_shot_parts
 from heads.specification import feature_spec
+from heads.threads import enough_threads
 from heads.watch import EarlyStop
 
 logger = logging.getLogger(__name__)
@@ -205,13 +206,16 @@ def train_on(
             if spec.prompts is not None:
                 run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": spec.prompts})
         torch.manual_seed(config.seed)
+        building = time.perf_counter()
         head = config.head.build(spec).to(device)
+        built = time.perf_counter() - building
         arrays = arrays.only(config.head.arrays())
         val = load(arrays, parts.val.rows, device)
         material = Material(train, parts.train, val, parts.val)
         if head.trainable:
             assert isinstance(config.optim.batch_size, int), "not resolved"
-            with enough_threads(head, config.optim.batch_size), memory_advice(config.optim):
+            values = sum(p.numel() for p in head.parameters() if p.requires_grad)
+            with enough_threads(config.optim.batch_size * values), memory_advice(config.optim):
                 fitted = fit(
                     head,
                     material,
@@ -233,7 +237,7 @@ def train_on(
             return TrainReport(folder, group.follow({}))
         best, history = fitted.best, fitted.history
         chosen = config.head.only(best.candidate)
-        final = chosen.build(spec).to(device).eval()
+        final = chosen.build(replace(spec, support=None)).to(device).eval()  # fitted already
         final.load_trained_state({name: t.to(device) for name, t in best.state.items()})
         record |= {"config": chosen.record()} | _keep_prompts(folder, chosen, spec, cache)
         run_folder.write_json(folder / "head.json", record)
@@ -252,7 +256,8 @@ def train_on(
             "num_train_rows": len(parts.train),
             "num_parameters": sum(t.numel() for t in best.state.values()),
             "epochs": len(history),
-            "seconds": sum(line["seconds"] for line in history),
+            # A head that is made of its training rows is fitted when it is built.
+            "seconds": sum(line["seconds"] for line in history) if head.trainable else built,
             "device": str(device),
         }
         values |= write_results(

@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/stores.py --rows 100000
 	$(BIN)/python benchmarks/blip.py
 	$(BIN)/python benchmarks/mop.py
+	$(BIN)/python benchmarks/ml_decoder.py
 
 clean:
 	rm -rf .demo runs cache/garden* data/garden* build

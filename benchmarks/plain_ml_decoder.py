@@ -39,10 +39,15 @@ class PlainMlDecoder(nn.Module):
     def copy_to(self, head: nn.Module) -> None:
         """Gives an `MlDecoder` without scaling the same queries and weights."""
         width = self.embed.out_features
-        parts = {"embed": self.embed, "expand": self.expand, "contract": self.contract}
-        state = {
-            f"decoder.{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()
-        }
+        state: dict[str, Tensor] = {}
+        for name, part in (
+            ("embed", self.embed),
+            ("expand", self.expand),
+            ("contract", self.contract),
+            ("out", self.attention.out_proj),
+            ("norms", self.norms),
+        ):
+            state |= {f"decoder.{name}.{key}": value for key, value in part.state_dict().items()}
         for index, name in enumerate(("query", "key", "value")):
             own = slice(index * width, (index + 1) * width)
             state[f"decoder.{name}.weight"] = self.attention.in_proj_weight[own]

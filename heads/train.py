@@ -34,6 +34,7 @@ from heads.distributed import Group, group_for
 from heads.evaluate import main_metric
 from heads.fitting import Material, fit, memory_advice, untrained
 from heads.losses import AnyLoss
+from heads.losses.base import Loss
 from heads.models import AnyHead
 from heads.models.linear import LinearConfig
 from heads.optim import OptimConfig
@@ -199,6 +200,7 @@ def train_on(
         started = time.perf_counter()
         train = load(arrays, parts.train.rows, device)
         spec = feature_spec(cache, config.head, config.loss, train, parts.train, tower)
+        _require_whole_batches(spec.criterion, config.optim.accumulate, group.size)
         record = run_folder.describe_head(cache, config.head, spec)
         if group.leads:
             run_folder.write_json(folder / "head.json", record)
@@ -339,6 +341,22 @@ def without_caption(parts: Parts) -> str:
         f"{count:,} row{'s' * (count > 1)} of {name} without a caption"
         for name, count in lost.items()
         if count
+    )
+
+
+def _require_whole_batches(criterion: Loss | None, pieces: int, processes: int) -> None:
+    """Refuses a loss that looks at a batch as one where batches come in pieces.
+
+    Raises:
+        ConfigError: naming what divides the batch.
+    """
+    if criterion is None or criterion.is_mean_over_rows or pieces * processes == 1:
+        return
+    reason = "loss.reduction=sum" if criterion.reduction == "sum" else "loss.weight_norm=by_batch"
+    divided = f"optim.accumulate={pieces}" if pieces > 1 else f"{processes} processes"
+    raise ConfigError(
+        f"{reason} depends on which rows share a batch, and {divided} would divide it; leave one "
+        "of the two out"
     )
 
 

@@ -47,6 +47,11 @@ class Loss(nn.Module, ABC):
     needs_whole_batch: bool = False
     """Whether a row's terms depend on the other rows of its batch."""
 
+    @property
+    def is_mean_over_rows(self) -> bool:
+        """Whether losses of pieces of a batch, weighed by their rows, make that of the batch."""
+        return self.reduction == "mean" and not self.needs_whole_batch
+
     @abstractmethod
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The unreduced loss.

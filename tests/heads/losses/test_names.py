@@ -5,12 +5,13 @@ import pytest
 from featcache.errors import ConfigError
 from heads.losses import LOSSES
 from heads.losses.asymmetric import AsymmetricConfig
+from heads.losses.base import LossConfig
 from heads.losses.distribution_balanced import DistributionBalancedConfig
 from heads.losses.focal import FocalConfig
 from heads.losses.rebalanced import RebalancedConfig
 from heads.models.naive import NaiveConfig
 from heads.specification import build_loss
-from heads.train import TrainConfig
+from heads.train import TrainConfig, _require_whole_batches
 
 from .problem import STATISTICS
 
@@ -87,3 +88,21 @@ def test_a_loss_on_cosines_needs_a_head_that_has_them() -> None:
     config = TrainConfig(cache="c", head=NaiveConfig(), loss="aam")
     with pytest.raises(ConfigError, match=r"loss=aam takes cosines.*--head\.cosine"):
         build_loss(config.head, config.loss, "multi_label", STATISTICS)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (AsymmetricConfig(reduction="sum"), "loss.reduction=sum"),
+        (RebalancedConfig(weight_norm="by_batch"), "loss.weight_norm=by_batch"),
+    ],
+)
+def test_a_loss_of_whole_batches_is_refused_where_batches_come_in_pieces(
+    loss: LossConfig, reason: str
+) -> None:
+    built = loss.build(STATISTICS)
+    for pieces, processes, divided in ((4, 1, "optim.accumulate=4"), (1, 2, "2 processes")):
+        with pytest.raises(ConfigError, match=f"{reason} depends .* {divided} would"):
+            _require_whole_batches(built, pieces, processes)
+    _require_whole_batches(built, 1, 1)
+    _require_whole_batches(RebalancedConfig().build(STATISTICS), 4, 2)

@@ -168,6 +168,11 @@ class Average(Head):
         self.space, self.multi_label = space, multi_label
         self.has_probabilities = all(member.head.has_probabilities for member in members)
 
+    def _each(self) -> Iterator[Member]:
+        for member in self.members:
+            assert isinstance(member, Member)
+            yield member
+
     def forward(self, *features: Tensor) -> Tensor:
         """(B, C) logits whose probabilities are the average; see `Head.forward`."""
         return self._mix(*self._members(features), self.mixtures[0])
@@ -186,7 +191,7 @@ class Average(Head):
         """All that the members are made of; shares are options."""
         return {
             f"members.{number}.head.{name}": tensor.detach()
-            for number, member in enumerate(self.members)
+            for number, member in enumerate(self._each())
             for name, tensor in member.state().items()
         }
 
@@ -197,7 +202,7 @@ class Average(Head):
             ValueError: if names or shapes differ from the members' own.
         """
         left = dict(state)
-        for number, member in enumerate(self.members):
+        for number, member in enumerate(self._each()):
             prefix = f"members.{number}.head."
             own = [name for name in state if name.startswith(prefix)]
             member.load_state({name.removeprefix(prefix): left.pop(name) for name in own})
@@ -210,8 +215,8 @@ class Average(Head):
         Where none does, each gives what it makes of nothing.
         """
         by_name = dict(zip(self.names, features, strict=True))
-        logits = [member(by_name).float() for member in self.members]
-        usable = torch.stack([member.has_input(by_name) for member in self.members], 1)
+        logits = [member(by_name).float() for member in self._each()]
+        usable = torch.stack([member.has_input(by_name) for member in self._each()], 1)
         return logits, usable | ~usable.any(1, keepdim=True)
 
     def _mix(self, logits: list[Tensor], usable: Tensor, weights: tuple[float, ...]) -> Tensor:

@@ -121,7 +121,8 @@ class Boost(Head):
         own = by_name[self.feature]
         residual: Tensor = self.residual(self.scale(own))
         added = residual.float() * present(own)[:, None]
-        return self.base(by_name).float() + added
+        logits: Tensor = self.base(by_name).float() + added
+        return logits
 
     def monitors(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The base's own logits, under "base": what the head scores without its addition."""

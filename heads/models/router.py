@@ -136,6 +136,11 @@ class Router(Head):
         """Names of the M modalities, in the order of the columns of `weights`."""
         return tuple(self.branches)
 
+    def _parts(self) -> Iterator[Branch]:
+        for branch in self.branches.values():
+            assert isinstance(branch, Branch)
+            yield branch
+
     def forward(self, *features: Tensor) -> Tensor:
         """(B, C) logits from M times (B, D_m) vectors as stored; see `Head.forward`.
 
@@ -165,22 +170,17 @@ class Router(Head):
 
     def read(self, features: Features) -> list[Tensor]:
         """M times (B, H): what the networks of each modality read."""
-        return [
-            branch.read(part) for branch, part in zip(self.branches.values(), features, strict=True)
-        ]
+        return [branch.read(part) for branch, part in zip(self._parts(), features, strict=True)]
 
     def alone(self, vectors: list[Tensor]) -> list[Tensor]:
         """M times (B, C): the logits of each modality's classifier."""
         return [
-            branch.classifier(part)
-            for branch, part in zip(self.branches.values(), vectors, strict=True)
+            branch.classifier(part) for branch, part in zip(self._parts(), vectors, strict=True)
         ]
 
     def routing(self, vectors: list[Tensor], usable: Tensor) -> Tensor:
         """(B, M) weights over the modalities that are `usable`, (B, M) bool."""
-        trust = [
-            branch.trust(part) for branch, part in zip(self.branches.values(), vectors, strict=True)
-        ]
+        trust = [branch.trust(part) for branch, part in zip(self._parts(), vectors, strict=True)]
         return routing_weights(torch.cat(trust, 1), usable)
 
     def _hide(self, usable: Tensor) -> Tensor:

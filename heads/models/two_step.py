@@ -100,7 +100,9 @@ class TwoStep(Router):
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
         # On the CPU, so that a step does not wait for the device to tell its stage.
         self._learning = [True] * count
-        self.register_load_state_dict_post_hook(lambda head, _: head._look())
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda head, _: head._look()
+        )
 
     def _look(self) -> None:
         self._learning = [bool(one) for one in self.learning.tolist()]
@@ -112,8 +114,9 @@ class TwoStep(Router):
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """A group for each classifier, by its modality, and one of all scalars."""
-        parts = {name: [*branch.classifier.parameters()] for name, branch in self.branches.items()}
-        parts[ROUTER] = [p for branch in self.branches.values() for p in branch.trust.parameters()]
+        branches = zip(self.modalities, self._parts(), strict=True)
+        parts = {name: [*branch.classifier.parameters()] for name, branch in branches}
+        parts[ROUTER] = [p for branch in self._parts() for p in branch.trust.parameters()]
         return [
             {"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": name}
             for name, parameters in parts.items()

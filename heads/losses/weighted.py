@@ -30,4 +30,5 @@ class Weighted(Loss):
     def terms(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, C) float32; see `Loss.terms`."""
         wanted = as_multi_hot(targets, logits.shape[-1])
-        return self.multiplier * self.weights(wanted) * self.inner.terms(logits, wanted)
+        weights: Tensor = self.weights(wanted)
+        return self.multiplier * weights * self.inner.terms(logits, wanted)

@@ -165,12 +165,15 @@ class LinearConfig(HeadConfig):
             num_parameters: weights of one classifier.
         """
         fitting = max(GRID_PARAMETERS // num_parameters, 1)
-        lrs, decays = self.lrs, self.weight_decays
-        if lrs is None and decays is None:
+        if self.lrs is None and self.weight_decays is None:
             return sorted([(lr, decay) for decay in WEIGHT_DECAYS for lr in LRS][:fitting])
-        lrs = lrs or sorted(LRS[: max(fitting // len(decays or ()), 1)])
-        decays = decays or sorted(WEIGHT_DECAYS[: max(fitting // len(lrs), 1)])
-        return list(itertools.product(lrs, decays))
+        if self.lrs is None:
+            lrs = tuple(sorted(LRS[: max(fitting // len(self.weight_decays or ()), 1)]))
+            return list(itertools.product(lrs, self.weight_decays or ()))
+        decays = self.weight_decays
+        if decays is None:
+            decays = tuple(sorted(WEIGHT_DECAYS[: max(fitting // len(self.lrs), 1)]))
+        return list(itertools.product(self.lrs, decays))
 
     def only(self, candidate: str) -> Self:
         """The config with the one pair of that name."""

@@ -214,4 +214,5 @@ def _two_layers(
 ) -> Tensor:
     """(B, c) logits of c networks, from (c, H, D), (c, H), (c, H) and (c,) parameters."""
     hidden = F.linear(rows, first.flatten(0, 1), first_bias.flatten()).relu()
-    return torch.einsum("bch,ch->bc", hidden.unflatten(1, second.shape), second) + second_bias
+    by_class = hidden.view(len(rows), *second.shape)
+    return torch.einsum("bch,ch->bc", by_class, second) + second_bias

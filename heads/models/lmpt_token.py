@@ -144,6 +144,7 @@ class LearnedPrompts(nn.Module):
     ids: Tensor
     places: Tensor
     lengths: Tensor
+    mask: Tensor
 
     def __init__(
         self,

@@ -111,6 +111,7 @@ def run(config: DemoConfig) -> DemoReport:
     print(table)
     print("\npictures     " + "\n             ".join(map(str, pictures)))
     print("run folders  " + "\n             ".join(map(str, runs)))
+    print("pages        " + "\n             ".join(str(folder / "report.html") for folder in runs))
     print(f"cache        {config.cache}  (python -m featcache.info --cache {config.cache})")
     print(f"\ndone in {time.monotonic() - began:.0f} s")
     return DemoReport(runs, pictures, table)

@@ -257,7 +257,8 @@ def markdown(table: pd.DataFrame, paths: Sequence[str], metric: str) -> str:
         scores = [
             ""
             if np.isnan(row[f"{part}_{metric}"])
-            else (f"{100 * row[f'{part}_{metric}']:.2f} ± {100 * row[f'{part}_std']:.2f}")
+            else f"{100 * row[f'{part}_{metric}']:.2f}"
+            + (f" ± {100 * row[f'{part}_std']:.2f}" if row["seeds"] > 1 else "")
             for part in ("val", "test")
         ]
         options = ["" if pd.isna(row[path]) else str(row[path]) for path in paths]

@@ -119,6 +119,14 @@ class Head(nn.Module, ABC):
     """Classes that the head has a score for, where it does not have one for all of them: metrics of
     several labels look at these alone."""
 
+    @property
+    def batch_options(self) -> Sequence[str]:
+        """Options in use whose part of the loss is of a batch's rows together, none in most heads.
+
+        Such as a mean over the classes in a batch: batches that come in pieces change what it is.
+        """
+        return ()
+
     forward: Callable[..., Tensor]
     """Class logits: one positional tensor for each array of `HeadConfig.arrays`, in that order (see
     `Features`); returns (B, C) float32, of which softmax (single label) or sigmoid (multi label)
@@ -249,6 +257,10 @@ class HeadConfig(Config):
     def training_arrays(self) -> tuple[str, ...]:
         """Further arrays that only `Head.loss` reads, after those of `arrays`."""
         return ()
+
+    def own_optim(self) -> OptimDefaults:
+        """`optim_defaults`, for heads whose options decide it."""
+        return self.optim_defaults
 
     def default_loss(self, task: Task) -> LossConfig | None:
         """The loss on logits where the user chooses none; None = what suits the task.

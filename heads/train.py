@@ -27,7 +27,7 @@ from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import event_file, run_folder
 from heads import optim as optimisation
-from heads.base import FeatureSpec, HeadConfig
+from heads.base import FeatureSpec, Head, HeadConfig
 from heads.checkpoint import CHECKPOINT
 from heads.data import FeatureTables, HeadArrays, open_arrays
 from heads.distributed import Group, group_for
@@ -211,6 +211,8 @@ def train_on(
         building = time.perf_counter()
         head = config.head.build(spec).to(device)
         built = time.perf_counter() - building
+        if group.leads:
+            _warn_of_pieces(head, config.optim.accumulate, group.size)
         arrays = arrays.only(config.head.arrays())
         val = load(arrays, parts.val.rows, device)
         material = Material(train, parts.train, val, parts.val)
@@ -323,7 +325,7 @@ def resolve(
         parts = few_shot_parts(
             cache, parts, shots=config.shots, val_shots=config.val_shots, seed=config.shots_seed
         )
-    optim = optimisation.resolve(config.optim, head.optim_defaults, len(parts.train))
+    optim = optimisation.resolve(config.optim, head.own_optim(), len(parts.train))
     config = config.model_copy(update={"head": head, "optim": optim})
     if config.run is None:
         kept = {k: v for k, v in config.record().items() if k not in _FREE}
@@ -358,6 +360,20 @@ def _require_whole_batches(criterion: Loss | None, pieces: int, processes: int) 
         f"{reason} depends on which rows share a batch, and {divided} would divide it; leave one "
         "of the two out"
     )
+
+
+def _warn_of_pieces(head: Head, pieces: int, processes: int) -> None:
+    """Says which options of a head mean something else where batches come in pieces."""
+    if head.batch_options and pieces * processes > 1:
+        logger.warning(
+            "head.%s: a mean over the classes of a batch is taken in each of its %d parts "
+            "(optim.accumulate=%d, %d process%s), which is not that of the whole batch",
+            " and head.".join(head.batch_options),
+            pieces * processes,
+            pieces,
+            processes,
+            "es" if processes > 1 else "",
+        )
 
 
 def summary(report: TrainReport) -> str:

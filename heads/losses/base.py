@@ -47,6 +47,9 @@ class Loss(nn.Module, ABC):
     needs_whole_batch: bool = False
     """Whether a row's terms depend on the other rows of its batch."""
 
+    reads_all_labels: bool = False
+    """Whether a copy `of_class` still takes the labels of all classes: weights may come of them."""
+
     @property
     def is_mean_over_rows(self) -> bool:
         """Whether losses of pieces of a batch, weighed by their rows, make that of the batch."""
@@ -79,7 +82,10 @@ class Loss(nn.Module, ABC):
         return None
 
     def of_class(self, index: int) -> Self:
-        """A copy for (B, 1) logits of one class: of what is kept for each class, its share."""
+        """A copy for (B, 1) logits of one class: of what is kept for each class, its share.
+
+        Its targets are (B, 1) too, or (B, C) if it `reads_all_labels`.
+        """
         one = copy.deepcopy(self)
         for module in one.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -6,7 +6,8 @@ and neither scoring nor the loss holds B x C x K cosines.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import pandas as pd
@@ -55,6 +56,8 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_prompts": 32,
     },
 }
+_SEED_LR = 5e-4
+"""Learning rate of preset `seed`."""
 _MOST_PROMPTS = 32
 _ROWS_A_PROMPT = 16
 _INIT_STD = {"semantic": 0.01, "small_noise": 0.001}
@@ -75,7 +78,8 @@ class MopConfig(HeadConfig):
     """Head kind."""
     preset: Preset = "default"
     """Values of the fields that are not given: `default` is this project's choice, `seed` the
-    original system's (scale 50, temperature 0.07, mean penalty, 32 prompts)."""
+    original system's (scale 50, temperature 0.07, mean penalty, 32 prompts; and where `optim.lr` is
+    not given, 5e-4)."""
     num_prompts: PositiveInt | None = None
     """Sub-prompts a class (K), 1 or more; unset = one for every 16 training rows of the average
     class, 1 to 32."""
@@ -138,6 +142,12 @@ class MopConfig(HeadConfig):
                 f"more than all rows; set min_usage to at most {1.0 / most:g}"
             )
         return self
+
+    def own_optim(self) -> OptimDefaults:
+        """The preset's own learning rate."""
+        if self.preset == "seed":
+            return replace(self.optim_defaults, lr=_SEED_LR)
+        return self.optim_defaults
 
     def template_names(self, classes: pd.DataFrame, kind: str) -> list[str]:
         """The templates asked for, or the set that fits the dataset.
@@ -255,6 +265,12 @@ class Mop(Head):
         self.collapse = collapse
         self.touched_share, self.sparse_gradients = touched_share, False
         self.method: Method = method
+
+    @property
+    def batch_options(self) -> Sequence[str]:
+        """The penalties that have weight: they are means over the classes of a batch."""
+        names = ("diversity", "entropy", "min_usage")
+        return [f"{name}_weight" for name in names if getattr(self.collapse, name) > 0.0]
 
     def tau(self, progress: float) -> float:
         """Assignment temperature after the share `progress` (0..1) of all steps."""

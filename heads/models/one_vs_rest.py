@@ -186,7 +186,7 @@ class OneVsRest(Head):
     def loss(self, features: Features, targets: Tensor, progress: float) -> dict[str, Tensor]:
         """The chosen loss, of the chosen class's column alone if there is one."""
         assert self.criterion is not None, "built without a loss"
-        if self.chosen is not None:
+        if self.chosen is not None and not self.criterion.reads_all_labels:
             targets = targets[:, self.chosen : self.chosen + 1]
         return {"loss": self.criterion(self._trained_logits(*features), targets)}
 

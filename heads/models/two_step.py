@@ -180,7 +180,8 @@ class TwoStep(Router):
         return done / math.floor(done / before_last_step + 1e-9)
 
     def _own_loss(self, logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """The loss of one classifier; rows without its modality count as 0 in the mean."""
+        """The loss of one classifier; rows without its modality count as 0 in the mean or sum."""
         assert self.criterion is not None, "built without a loss"
-        by_row = self.criterion.terms(logits, targets).reshape(len(logits), -1).mean(1)
-        return torch.where(rows, by_row, 0.0).mean()
+        terms = self.criterion.terms(logits, targets).reshape(len(logits), -1)
+        terms = torch.where(rows[:, None], terms, 0.0)
+        return terms.sum() if self.criterion.reduction == "sum" else terms.mean()

@@ -16,6 +16,7 @@ from heads import optim as optimisation
 from heads.base import FeatureSpec
 from heads.models.mop import Mop, MopConfig, base_prompts
 from heads.optim import OptimConfig
+from heads.train import _warn_of_pieces
 
 C, D = 6, 16
 
@@ -154,6 +155,29 @@ def test_preset_fills_what_is_not_given() -> None:
     assert MopConfig(preset="seed").scale == 50.0
     assert MopConfig() == MopConfig(preset="default")
     assert MopConfig.model_validate(seed.record()) == seed
+
+
+def test_the_seed_preset_brings_its_learning_rate() -> None:
+    """Scale, temperature, penalty and learning rate belong together; a flag still wins."""
+    chosen = MopConfig(preset="seed").own_optim()
+    assert optimisation.resolve(OptimConfig(), chosen, 50_000).lr == 5e-4
+    assert optimisation.resolve(OptimConfig(lr=1e-2), chosen, 50_000).lr == 1e-2
+    default = MopConfig().own_optim()
+    assert default == MopConfig.optim_defaults
+    assert dataclasses.replace(chosen, lr=default.lr) == default
+
+
+def test_penalties_of_a_batch_in_pieces_are_said_to_be_of_each_piece(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = MopConfig(num_prompts=4, diversity_weight=0.1, entropy_weight=0.01).build(spec())
+    for pieces, processes, found in ((1, 1, 0), (4, 1, 1), (1, 2, 2)):
+        _warn_of_pieces(head, pieces, processes)
+        assert len(caplog.records) == found
+    assert "head.diversity_weight and head.entropy_weight" in caplog.text
+    assert "optim.accumulate=4, 1 process)" in caplog.text
+    _warn_of_pieces(MopConfig(num_prompts=4).build(spec()), 4, 2)
+    assert len(caplog.records) == 2, "the other terms are means over rows"
 
 
 @pytest.mark.parametrize(("rows", "prompts"), [(1, 1), (16, 1), (40, 2), (100_000, 32)])

@@ -71,14 +71,31 @@ def test_each_class_is_a_network_of_its_own(monkeypatch: pytest.MonkeyPatch, chu
 
 
 def test_one_class_is_trained_as_among_all() -> None:
+    """Its weights in a long-tailed loss depend on a row's other labels: they are not forgotten."""
     features, targets = rows()
-    for loss in ("focal", "asl", "distribution_balanced", "class_balanced", "zlpr", "mls"):
+    options: list[tuple[str, dict[str, object]]] = [
+        ("focal", {}),
+        ("asl", {}),
+        ("distribution_balanced", {}),
+        ("rebalanced", {"weight_norm": "by_instance"}),
+        ("class_balanced", {}),
+        ("class_balanced", {"mode": "average_n"}),
+        ("class_balanced_ntr", {"mode": "min_n"}),
+    ]
+    for loss, values in options:
+        criterion = LOSSES[loss](**values).build(ClassStatistics(COUNTS, 100))
+        given = dataclasses.replace(spec(), criterion=criterion)
+        head = OneVsRestConfig(class_index=1, hidden=0).build(given)
+        with torch.no_grad():
+            head.weight.normal_()
+        expected = criterion.terms(head(features), targets)[:, 1].mean()
+        torch.testing.assert_close(head.loss((features,), targets, 0.0)["loss"], expected)
+    for loss in ("zlpr", "mls"):  # one term a row: of this class alone
         head = OneVsRestConfig(class_index=1, hidden=0).build(spec(loss=loss))
         with torch.no_grad():
             head.weight.normal_()
-        alone = head(features)[:, 1:2]
-        kind = LOSSES[loss]()
-        expected = kind.build(ClassStatistics(COUNTS[1:2], 100))(alone, targets[:, 1:2])
+        kind = LOSSES[loss]().build(ClassStatistics(COUNTS[1:2], 100))
+        expected = kind(head(features)[:, 1:2], targets[:, 1:2])
         torch.testing.assert_close(head.loss((features,), targets, 0.0)["loss"], expected)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heads.losses.asymmetric import Asymmetric
 from heads.models.router import RouterConfig
 from heads.models.two_step import TwoStep, TwoStepConfig
 
@@ -97,6 +98,20 @@ def test_f41_each_classifier_learns_from_its_own_loss_in_one_step() -> None:
         for parameter, gradient in zip(branch.classifier.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
         assert all(p.grad is None for p in branch.trust.parameters())
+
+
+def test_a_summed_loss_is_summed_in_both_stages() -> None:
+    """Learning rates that fit one stage would be far too low for the other."""
+    features, targets = rows()
+    hot = F.one_hot(targets, 3).float()
+    found = {}
+    for reduction in ("mean", "sum"):
+        head = build()
+        head.criterion = Asymmetric(reduction=reduction)  # type: ignore[arg-type]
+        first = head.loss(features, hot, 0.0)["loss"]
+        after(head, (0.5, 0.5), (0.5, 0.5))
+        found[reduction] = torch.stack([first, head.loss(features, hot, 0.5)["loss"]]).detach()
+    torch.testing.assert_close(found["sum"], found["mean"] * hot.numel())
 
 
 def test_f41_a_classifier_that_is_done_is_not_stepped_again() -> None:

@@ -218,8 +218,8 @@ def train_on(
         material = Material(train, parts.train, val, parts.val)
         if head.trainable:
             assert isinstance(config.optim.batch_size, int), "not resolved"
-            values = sum(p.numel() for p in head.parameters() if p.requires_grad)
-            with enough_threads(config.optim.batch_size * values), memory_advice(config.optim):
+            trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+            with enough_threads(config.optim.batch_size * trained), memory_advice(config.optim):
                 fitted = fit(
                     head,
                     material,

@@ -214,7 +214,7 @@ class Garden:
         self, there: npt.NDArray[np.bool_], lots: np.random.Generator
     ) -> npt.NDArray[np.bool_]:
         """The things that are there and, by lot, the companions of the rare ones among them."""
-        absent = self._object_rates(np.ones(len(OBJECTS))) == 0
+        absent: npt.NDArray[np.bool_] = self._object_rates(np.ones(len(OBJECTS))) == 0
         joined = there.copy()
         for thing in np.flatnonzero(there):
             for other in companions(int(thing)):

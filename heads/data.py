@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ Mask = npt.NDArray[np.bool_]
 TEXT = "text/projected"
 """Name under which heads read one caption vector an image; the cache has a row a caption."""
 
+_MEMINFO = Path("/proc/meminfo")
 _SCAN_ROWS = 65_536
 _SCAN_VALUES = 1 << 28
 """Most numbers looked at together: 1 GiB of float32, which tokens reach with far fewer rows."""
@@ -158,6 +160,15 @@ class FeatureTables:
         """Last axis of each array, by name; the length of a mask is that of its array's tokens."""
         return {table.name: table.feature_dim for table in self.tables}
 
+    @property
+    def index_device(self) -> torch.device:
+        """Where positions of rows should lie, so that `batch` moves none: the device, or the CPU.
+
+        Moving them in every step would let the CPU wait for the device in every step.
+        """
+        everywhere = all(table.held == "device" for table in self.tables)
+        return self.device if everywhere else torch.device("cpu")
+
     def batch(self, index: Tensor, views: Tensor | None = None) -> Features:
         """B rows of each array, on the device; see `FeatureTable.batch`.
 
@@ -269,10 +280,9 @@ class FeatureTable:
             self._require_finite(read, rows)
             return self._input(self._one_view(read, views))
         index = index.to(self.data.device)
-        part = self._input(self._one_view(self.data.index_select(0, index), views))
+        part = self._input(self._chosen(self.data, index, views))
         if self.scales is not None:
-            scales = self._one_view(self.scales.index_select(0, index), views)
-            part.mul_(scales.to(self.device)[..., None])
+            part.mul_(self._chosen(self.scales, index, views).to(self.device)[..., None])
         return part
 
     def slice(self, start: int, stop: int) -> Tensor:
@@ -307,6 +317,15 @@ class FeatureTable:
         variance = (squares / count - mean.square()).clamp_(min=0)
         return (mean + shift).float(), variance.sqrt_().float()
 
+    def _chosen(self, data: Tensor, index: Tensor, views: Tensor | None) -> Tensor:
+        """Rows of what is held, each in one view; the other views are not read."""
+        if self.num_views > 1:
+            data = data.flatten(0, 1)
+            index = index * self.num_views
+            if views is not None:
+                index = index + views.to(index.device)
+        return data.index_select(0, index)
+
     def _one_view(self, part: Tensor, views: Tensor | None) -> Tensor:
         """The view of each row that `views` names, or the plain one."""
         if self.num_views == 1:
@@ -340,8 +359,13 @@ class FeatureTable:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+    """Bytes that can still be allocated; pages of files that the system merely keeps are free."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
+    if _MEMINFO.is_file():
+        for line in _MEMINFO.read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -105,7 +105,8 @@ def score_candidates(
     watched: set[str] = set()
     losses: dict[str, float] = {}
     targets = torch.from_numpy(part.targets).to(table.device)
-    for start, stop in table.spans(num_classes or 1024):
+    # A single-label part does not say C, but has most classes where they are many.
+    for start, stop in table.spans(num_classes or int(part.targets.max()) + 1):
         features = table.slice(start, stop)
         monitors = dict(head.monitors(*features))
         watched |= monitors.keys()

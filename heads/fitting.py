@@ -38,6 +38,9 @@ from heads.watch import EarlyStop, Plateau
 SAVE_SECONDS = 10.0
 """Time between two saved states, if the user names no number of epochs."""
 
+SAVE_SHARE = 20
+"""At least this many times as long as the last one took: saving gigabytes costs 5 % at most."""
+
 
 @dataclass(frozen=True)
 class Material:
@@ -123,7 +126,7 @@ def fit(
         Plateau(optim.schedule),
     )
     optimizer, average, plateau = training.optimizer, training.average, training.plateau
-    targets = material.train_part.target_tensor(device)
+    targets = torch.from_numpy(material.train_part.targets).to(device)  # multi-hot: a byte each
     if (folder / CHECKPOINT).is_file():
         restore_state(run_folder.read_tensors(folder / CHECKPOINT), training, fingerprint)
     history = training.history
@@ -131,7 +134,7 @@ def fit(
     progress = ProgressLine(quiet or not group.leads)
     writer = EventFile(folder, history) if events and group.leads else None
     first_epoch, started = len(history), time.perf_counter()
-    saved = started
+    saved, pause = started, SAVE_SECONDS
     step = first_epoch * (num_steps // optim.epochs)
     for epoch in range(first_epoch, optim.epochs):
         if training.stop.is_due:
@@ -139,10 +142,11 @@ def fit(
         epoch_started = time.perf_counter()
         generator = torch.Generator().manual_seed(_mixed(seed, epoch))
         torch.manual_seed(_mixed(seed, epoch, *([group.rank] if group.rank else [])))
-        order = torch.randperm(num_rows, generator=generator)
+        order = torch.randperm(num_rows, generator=generator).to(table.index_device)
         views = None
         if table.num_views > 1:
             views = torch.randint(table.num_views, (num_rows,), generator=generator)
+            views = views.to(table.index_device)
         head.train()
         factors = head.lr_factors()
         losses: dict[str, list[Tensor]] = {}
@@ -153,8 +157,10 @@ def fit(
             num_pieces = min(optim.accumulate, len(own))
             for piece in own.tensor_split(num_pieces) if num_pieces > 1 else (own,):
                 features = table.batch(piece, None if views is None else views[piece])
+                wanted = targets[piece.to(device)]
+                wanted = wanted.float() if wanted.ndim == 2 else wanted
                 with mixed:
-                    parts = compute(features, targets[piece.to(device)], step / num_steps)
+                    parts = compute(features, wanted, step / num_steps)
                 if len(piece) < divisor:  # its part of the mean over the whole batch
                     parts = {name: v * (len(piece) / divisor) for name, v in parts.items()}
                 scaler.scale(parts["loss"]).backward()  # type: ignore[no-untyped-call]
@@ -206,11 +212,12 @@ def fit(
         )
         if writer is not None:
             writer.add(history[-1])
-        due = (epoch + 1) % save_every == 0 if save_every else now - saved >= SAVE_SECONDS
+        due = (epoch + 1) % save_every == 0 if save_every else now - saved >= pause
         if due and epoch + 1 < optim.epochs and group.leads:
             run_folder.write_history(folder / "history.jsonl", history)
             save_state(folder / CHECKPOINT, training, fingerprint)
-            saved = now
+            saved = time.perf_counter()
+            pause = max(SAVE_SECONDS, SAVE_SHARE * (saved - now))
         left = (now - started) / (epoch + 1 - first_epoch) * (optim.epochs - epoch - 1)
         shown = epoch_means.get("best_loss", epoch_means["loss"])
         best = f"best {training.best.value:.2%}" if training.best.epoch else "none to pick yet"

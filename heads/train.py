@@ -120,7 +120,7 @@ class TrainConfig(Config):
     of the validation rows. The kept model is always the one with the best metric."""
     save_every: PositiveInt | None = None
     """Epochs between two saved states, 1 or more: what an interruption can lose; unset = the first
-    epoch that ends 10 seconds after the last save."""
+    epoch that ends 10 seconds after the last save (later where a save takes long itself)."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu or cuda:N."""
     run: Path | None = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from featcache.manifest import Task
 from heads.base import Features, FeatureSpec, Head, HeadConfig
-from heads.losses.base import Loss, LossConfig
+from heads.losses.base import Loss, LossConfig, at_least_float32
 from heads.losses.class_specific_embedding import (
     ClassSpecificEmbedding,
     Distances,
@@ -166,8 +166,9 @@ class PromptHead(Head):
         return self.logits(features, self.class_vectors())
 
     def logits(self, features: Tensor, vectors: Tensor) -> Tensor:
-        """(B, C) z, from (B, P) features as stored and (C, P) unit class vectors."""
-        cosines = F.linear(F.normalize(features, dim=-1), vectors)
+        """(B, C) float32 z, from (B, P) features as stored and (C, P) unit class vectors."""
+        # float32 before θ is taken off: half precision would round θ's small steps away.
+        cosines = at_least_float32(F.linear(F.normalize(features, dim=-1), vectors))
         if self.threshold is not None:
             cosines = cosines - self.threshold
         return self.scale * cosines

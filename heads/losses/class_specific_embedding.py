@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heads.losses.base import as_multi_hot
+from heads.losses.base import as_multi_hot, at_least_float32
 
 Variant = Literal["nn_hinge", "hinge", "weighted", "softmargin"]
 
@@ -117,7 +117,7 @@ def sentence_distances(captions: Tensor, class_vectors: Tensor) -> Distances:
     lengths = captions.norm(dim=1, keepdim=True)
     valid = lengths > 0
     unit = captions / torch.where(valid, lengths, 1.0)
-    return Distances(1 - unit @ class_vectors.T, valid)
+    return Distances(1 - at_least_float32(unit @ class_vectors.T), valid)
 
 
 def token_distances(
@@ -142,7 +142,7 @@ def token_distances(
     right = _unit(prompts[:, shift : shift + length], prompt_mask).flatten(1)
     common = caption_mask.float() @ prompt_mask.float().T
     valid = common > 0
-    values = 1 - left @ right.T / common.clamp(min=1)
+    values = 1 - at_least_float32(left @ right.T) / common.clamp(min=1)
     return Distances(torch.where(valid, values, 0.0), valid)
 
 

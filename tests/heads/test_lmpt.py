@@ -56,6 +56,24 @@ def test_training_starts_from_the_zero_shot_classifier() -> None:
     torch.testing.assert_close(head(image), expected)
 
 
+def test_small_steps_of_the_threshold_count_in_half_precision() -> None:
+    """A learning rate of 1e-3 moves θ by less than bfloat16 tells apart near 0.25."""
+    head = build()
+    (image, captions), _ = batch()
+    found = []
+    for theta in (0.25, 0.2503):
+        assert head.threshold is not None
+        torch.nn.init.constant_(head.threshold, theta)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(head(image))
+    torch.testing.assert_close(
+        found[0] - found[1], torch.full_like(found[0], 20 * 3e-4), atol=1e-4, rtol=0
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        distances = head.caption_distances(captions, head.class_vectors())
+    assert distances.values.dtype == torch.float32
+
+
 def test_the_loss_follows_the_equations_in_float64() -> None:
     head = build(classification_weight=0.3, count_power=2.0)
     torch.manual_seed(0)

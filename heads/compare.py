@@ -10,7 +10,7 @@ References: McNemar, Note on the sampling error of the difference between correl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,17 @@ def run(config: CompareConfig) -> Comparison:
     other_cache = _other_cache(config, second, cache)
     require_same_rows(cache, other_cache, split)
     options = config.metrics
-    outputs = [
-        outputs_of(one, source, split, options, device)[0]
-        for one, source in ((first, cache), (second, other_cache))
-    ]
+    outputs, ids = [], []
+    for one, source in ((first, cache), (second, other_cache)):
+        found_outputs, part = outputs_of(one, source, split, options, device)
+        outputs.append(found_outputs)
+        ids.append([source.ids[row] for row in part.rows.tolist()])
+    if ids[0] != ids[1]:
+        raise CacheMismatchError(
+            f"the heads read {len(ids[0])} and {len(ids[1])} rows of split {split!r}, and not the "
+            "same ones: a head that reads only captions leaves rows without one out; compare heads "
+            "on rows that both can read"
+        )
     found = compare(outputs, [first, second], split, options)
     folder = config.out or config.run / "comparisons" / config.other.resolve().name
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,15 +164,9 @@ def compare(
         options: how metrics are counted; `bootstrap` draws.
 
     Raises:
-        CacheMismatchError: if the rows have different targets, or a head left rows out.
+        RunError: if there is no class that both have a score for.
     """
-    one, two = outputs
-    if one.targets.shape != two.targets.shape or (one.targets != two.targets).any():
-        raise CacheMismatchError(
-            f"the heads were scored on {len(one.targets)} and {len(two.targets)} rows whose labels "
-            "differ (a head that reads only captions leaves rows without one out); compare heads "
-            "on rows that both can read"
-        )
+    one, two = outputs = _on_common_classes(outputs)
     scores, replicates = [], []
     for output, loaded in zip(outputs, runs, strict=True):
         calibration = calibration_of(loaded)
@@ -214,7 +215,7 @@ def require_same_rows(cache: Cache, other: Cache, split: str) -> None:
     Raises:
         CacheMismatchError: naming the first difference.
     """
-    if cache.path == other.path:
+    if (cache.path, cache.fingerprint) == (other.path, other.fingerprint):
         return
     if cache.class_hash != other.class_hash:
         raise CacheMismatchError(
@@ -224,13 +225,19 @@ def require_same_rows(cache: Cache, other: Cache, split: str) -> None:
     ids = [cache.ids[row] for row in rows.tolist()]
     other_ids = [other.ids[row] for row in other_rows.tolist()]
     if ids != other_ids:
-        only = next((i for i in ids if i not in set(other_ids)), None)
-        only = only or next((i for i in other_ids if i not in set(ids)), "the order")
+        known, other_known = set(ids), set(other_ids)
+        only = next((i for i in ids if i not in other_known), None)
+        only = only or next((i for i in other_ids if i not in known), "the order")
         raise CacheMismatchError(
             f"split {split!r} has {len(ids)} readable rows in {cache.path} and {len(other_ids)} in "
             f"{other.path}; they differ first in {only}; compare on caches of the same rows"
         )
-    if (cache.multi_hot(rows) != other.multi_hot(other_rows)).any():
+    single = cache.task == other.task == "single_label"  # then one number a row says it
+    labels, other_labels = (
+        source.labels(own) if single else source.multi_hot(own)
+        for source, own in ((cache, rows), (other, other_rows))
+    )
+    if (labels != other_labels).any():
         raise CacheMismatchError(
             f"rows of split {split!r} have other labels in {cache.path} than in {other.path}; "
             "update the older cache (python -m featcache.extract), then compare"
@@ -295,6 +302,21 @@ def _other_cache(config: CompareConfig, other: LoadedRun, cache: Cache) -> Cache
     return open_known(other, None, ())
 
 
+def _on_common_classes(outputs: Sequence[Outputs]) -> list[Outputs]:
+    """The same outputs, looked at in the classes that all heads have a score for.
+
+    Raises:
+        RunError: if there is none.
+    """
+    limited = [set(one.columns) for one in outputs if one.columns is not None]
+    if not limited:
+        return list(outputs)
+    common = sorted(set.intersection(*limited))
+    if not common:
+        raise RunError("the heads score different classes; compare heads that have one in common")
+    return [replace(one, columns=common) for one in outputs]
+
+
 def _replicates(
     output: Outputs,
     loaded: LoadedRun,
@@ -309,9 +331,15 @@ def _replicates(
         return bootstrap.single_label_replicates(
             output.rows, counts, boundaries, output.taxonomy, groups, **draw
         )
-    assert output.scores is not None, "neither rows nor scores"
+    scores, targets = output.scores, output.targets
+    assert scores is not None, "neither rows nor scores"
+    if output.columns is not None:
+        own = list(output.columns)
+        scores, targets, counts = scores[:, own], targets[:, own], counts[own]
+        groups = None if groups is None else [groups[index] for index in own]
+        predicted = None if predicted is None else predicted[:, own]
     return bootstrap.multi_label_replicates(
-        output.scores, output.targets, counts, boundaries, groups, predicted, **draw
+        scores, targets, counts, boundaries, groups, predicted, **draw
     )
 
 

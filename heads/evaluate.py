@@ -173,17 +173,17 @@ def evaluate_run(
         CacheMismatchError: naming the field in which the cache differs from the training cache.
         RunError: if the split has no labelled row.
     """
-    outputs, lost = outputs_of(run, cache, split, options, device)
+    outputs, part = outputs_of(run, cache, split, options, device)
     scores = summarise(outputs, run.classes, options, calibration_of(run))
-    if lost:
-        scores.metrics["num_without_caption"] = lost
+    if part.without_caption:
+        scores.metrics["num_without_caption"] = part.without_caption
     return scores
 
 
 def outputs_of(
     run: LoadedRun, cache: Cache, split: str, options: MetricsConfig, device: torch.device
-) -> tuple[Outputs, int]:
-    """What a head says about a split, and how many rows it could not read for want of a caption.
+) -> tuple[Outputs, Part]:
+    """What a head says about the rows of a split, and which rows these are.
 
     Raises:
         CacheMismatchError, RunError: see `evaluate_run`.
@@ -191,8 +191,7 @@ def outputs_of(
     arrays, part = open_part(run, cache, split)
     table = FeatureTables(arrays, part.rows, device)
     head = run.head.to(device)
-    found = collect(head, table, part, run.classes, options, calibration_of(run))
-    return found, part.without_caption
+    return collect(head, table, part, run.classes, options, calibration_of(run)), part
 
 
 def open_part(run: LoadedRun, cache: Cache, split: str) -> tuple[HeadArrays, Part]:

@@ -194,13 +194,14 @@ def statements(
         rows = outputs.rows
         return {"as trained": rows.confidence, "calibrated": rows.calibrated}, rows.rank == 0
     assert outputs.scores is not None, "neither rows nor scores"
-    step = max(1, outputs.scores.size // _MOST_STATEMENTS)
-    scores = outputs.scores[::step].astype(np.float64)
+    own = slice(None) if outputs.columns is None else list(outputs.columns)
+    step = max(1, outputs.scores[:, own].size // _MOST_STATEMENTS)
+    scores = outputs.scores[::step, own].astype(np.float64)
     found: dict[str, npt.NDArray[np.floating]] = {
         name: (0.5 * (1 + np.tanh(0.5 * scores / temperature))).ravel()
         for name, temperature in (("as trained", 1.0), ("calibrated", calibration.temperature))
     }
-    return found, (outputs.targets[::step] > 0).ravel()
+    return found, (outputs.targets[::step, own] > 0).ravel()
 
 
 def modality_section(

@@ -23,11 +23,14 @@ from heads.calibration import fit_multi_label, read_calibration
 from heads.compare import CompareConfig
 from heads.evaluate import EvaluateConfig
 from heads.models.linear import LinearConfig
+from heads.models.one_vs_rest import OneVsRestConfig
 from heads.optim import OptimConfig
+from heads.parts import Part
 from heads.predictions import rule_of
 from heads.report import ReportConfig
+from heads.reporting import sections
 from heads.run_folder import RunError, load_run
-from heads.scoring import MetricsConfig
+from heads.scoring import MetricsConfig, Outputs
 from heads.train import TrainConfig
 from heads.visualise import VisualiseConfig
 
@@ -279,6 +282,56 @@ def test_differences_of_multi_label_heads_are_paired(multi: Path, tmp_path: Path
     assert gap.difference == pytest.approx(found.classes["difference"].mean())
     assert found.mcnemar_p is None
     assert {"micro_f1", "map_rows"} <= found.differences.keys()
+
+
+def test_a_head_of_one_class_is_compared_in_that_class(multi: Path, tmp_path: Path) -> None:
+    cache = multi / "cache"
+    one = train.run(
+        TrainConfig(
+            cache=cache,
+            run=tmp_path / "one",
+            head=OneVsRestConfig(class_index=2),
+            optim=OptimConfig(epochs=3),
+            val_fraction=0.3,
+            quiet=True,
+        )
+    ).run
+    options = MetricsConfig(bootstrap=200)
+    found = compare.run(CompareConfig(run=one, other=multi / "run", metrics=options))
+    expected = [
+        pd.read_csv(run / "classes_test.csv")["average_precision"][2]
+        for run in (one, multi / "run")
+    ]
+    gap = found.differences["map"]
+    assert [gap.first, gap.second] == pytest.approx(expected)
+    assert gap.low <= gap.difference <= gap.high
+    assert (found.wins + found.losses + found.ties) == 1
+    outputs = replace(outputs_of_run(one, cache), columns=[2])
+    probabilities, right = sections.statements(outputs, read_calibration(one))
+    assert len(right) == len(outputs.targets) == len(probabilities["as trained"])
+
+
+def outputs_of_run(run: Path, cache: Path) -> Outputs:
+    loaded = load_run(run)
+    device = torch.device("cpu")
+    return evaluate.outputs_of(loaded, open_cache(cache), "test", MetricsConfig(), device)[0]
+
+
+def test_rows_are_compared_by_id_where_heads_leave_some_out(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = compare.outputs_of, []
+
+    def leaving_one_out(*arguments: Any) -> tuple[Outputs, Part]:
+        outputs, part = original(*arguments)
+        calls.append(part)
+        # As many rows with the same labels, of which one is another.
+        rows = part.rows + (np.arange(len(part)) == 0) if len(calls) == 2 else part.rows
+        return outputs, replace(part, rows=rows)
+
+    monkeypatch.setattr(compare, "outputs_of", leaving_one_out)
+    with pytest.raises(CacheMismatchError, match=r"80 and 80 rows .* not the same ones"):
+        compare.run(CompareConfig(run=single / "good", other=single / "poor"))
 
 
 def test_different_rows_labels_or_tasks_are_refused(

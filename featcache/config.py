@@ -475,6 +475,9 @@ def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             message = f"unknown kind {context['tag']!r}; known: {context['expected_tags']}"
+        elif item["type"] == "union_tag_not_found" and isinstance(found, Mapping):
+            given = ", ".join(f"{path}.{name}" for name in found)
+            message = f"found {given} without {path}.kind, which has no default; add --{path} KIND"
         problems.setdefault((path, shown), []).append(message)
     return [
         f"{path}: {' or '.join(messages)}{shown}" for (path, shown), messages in problems.items()

@@ -84,6 +84,13 @@ def test_an_unknown_loss_is_answered_with_the_known_ones() -> None:
         TrainConfig.from_command_line(["--cache", "c", "--loss", "dice"])
 
 
+def test_options_of_a_loss_without_its_kind_are_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^loss: found loss\.gamma without loss\.kind.* --loss KIND$"
+    ):
+        TrainConfig.from_command_line(["--cache", "c", "--loss.gamma", "1"])
+
+
 def test_a_loss_on_cosines_needs_a_head_that_has_them() -> None:
     config = TrainConfig(cache="c", head=NaiveConfig(), loss="aam")
     with pytest.raises(ConfigError, match=r"loss=aam takes cosines.*--head\.cosine"):

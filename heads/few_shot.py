@@ -4,23 +4,29 @@ python -m heads.few_shot --cache cache/garden --heads zero_shot,linear,mop,tip_a
 """
 
 import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from featcache.config import Config, run_job
 from featcache.errors import ConfigError
+from featcache.join import open_one_or_joined
+from featcache.precision import resolve_device
 from featcache.storage import CachePath
 from heads import train
+from heads.distributed import Group
+from heads.option_grid import nested, one_value, rejoined
+from heads.parts import require_labels
 from heads.progress import ProgressLine, duration
 from heads.run_folder import write_atomic
+from heads.shelf import Shelf
 from heads.train import TrainConfig
 
 _ASSIGNMENT = re.compile(r"[^:=,]+:[\w.]+=")
@@ -58,6 +64,11 @@ class FewShotConfig(Config):
     quiet: bool = False
     """Print nothing but warnings and errors."""
 
+    @field_validator("set", mode="before")
+    @classmethod
+    def _whole_entries(cls, value: Any) -> Any:
+        return rejoined(value, _ASSIGNMENT) if isinstance(value, list | tuple) else value
+
 
 @dataclass(frozen=True)
 class FewShotReport:
@@ -80,12 +91,17 @@ def run(config: FewShotConfig) -> FewShotReport:
     """Trains what is not there yet, and writes the table as CSV, Markdown and picture.
 
     Raises:
-        ConfigError: a head or an option that does not exist.
+        ConfigError: a head or an option that does not exist, or several processes.
         CacheError: a cache that a head cannot read, or that has no labelled test rows.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("heads.few_shot is one process; use torchrun with heads.train")
     folder = config.run or Path("runs") / f"{config.cache.name}-few-shot"
     plan = {name: _training(config, name, kind) for name, kind in _named(config.heads).items()}
     grid = list(itertools.product(config.shots, range(config.seeds), plan))
+    cache = open_one_or_joined(config.cache, config.join)
+    require_labels(cache)
+    group, shelf = Group(0, 1, resolve_device(config.device)), Shelf()
     progress = ProgressLine(config.quiet)
     records: list[dict[str, Any]] = []
     metric, trained_seconds, num_trained = "", 0.0, 0
@@ -98,7 +114,7 @@ def run(config: FewShotConfig) -> FewShotReport:
                 "seed": seed,
             }
         )
-        trained = train.run(one)
+        trained = train.train_on(cache, one, group, shelf)
         values = trained.metrics
         if "test" not in values:
             raise ConfigError(
@@ -207,19 +223,21 @@ def _training(config: FewShotConfig, name: str, kind: str) -> TrainConfig:
     Raises:
         ConfigError: an unknown kind or option, an illegal value, or one that this job sets.
     """
-    values: dict[str, Any] = {"head": {"kind": kind}}
-    for entry in _assignments(config.set):
+    options: dict[str, Any] = {"head.kind": kind}
+    for entry in config.set:
+        if not _ASSIGNMENT.match(entry):
+            raise ConfigError(f"set: {entry!r} is not of the form head:option=value")
         head, _, assignment = entry.partition(":")
-        option, _, text = assignment.partition("=")
         if head not in _named(config.heads):
             known = ", ".join(_named(config.heads))
             raise ConfigError(f"set: {entry!r} names head {head!r}, expected one of {known}")
         if head != name:
             continue
+        option, value = one_value(assignment)
         if option.split(".")[0] in _SEPARATE:
             raise ConfigError(f"set: {option} is for this job to set; leave out {entry!r}")
-        _put(values, option.split("."), yaml.safe_load(text), entry)
-    values |= {
+        options[option] = value
+    values = nested(options) | {
         "cache": config.cache,
         "join": config.join,
         "val_shots": config.val_shots,
@@ -232,32 +250,6 @@ def _training(config: FewShotConfig, name: str, kind: str) -> TrainConfig:
         return TrainConfig.from_values(values)
     except ConfigError as error:
         raise ConfigError(f"head {name}: {error}") from None
-
-
-def _assignments(entries: Sequence[str]) -> list[str]:
-    """Entries head:option=value, with the commas back at which the command line cut lists.
-
-    Raises:
-        ConfigError: if one is not of that form.
-    """
-    result: list[str] = []
-    for entry in entries:
-        if _ASSIGNMENT.match(entry):
-            result.append(entry)
-        elif result:
-            result[-1] += f",{entry}"
-        else:
-            raise ConfigError(f"set: {entry!r} is not of the form head:option=value")
-    return result
-
-
-def _put(values: dict[str, Any], path: Sequence[str], value: Any, entry: str) -> None:
-    *parents, last = path
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"set: {entry!r} contradicts another --set")
-    values[last] = value
 
 
 if __name__ == "__main__":

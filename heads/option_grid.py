@@ -18,15 +18,19 @@ Grid = Mapping[str, Sequence[Any]]
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 
-def rejoined(entries: Iterable[Any]) -> tuple[str, ...]:
+def rejoined(entries: Iterable[Any], start: re.Pattern[str] = _ASSIGNMENT) -> tuple[str, ...]:
     """Entries `option=value,value` as they were typed.
 
     The command line cuts lists at commas, and reads a piece in brackets as JSON.
+
+    Args:
+        entries: pieces in their order.
+        start: what an entry begins with; other pieces belong to the entry before.
     """
     result: list[str] = []
     for entry in entries:
         text = entry if isinstance(entry, str) else json.dumps(entry)
-        if _ASSIGNMENT.match(text) or not result:
+        if start.match(text) or not result:
             result.append(text)
         else:
             result[-1] += f",{text}"
@@ -51,6 +55,19 @@ def grid_of(entries: Sequence[str]) -> Grid:
         except yaml.YAMLError:
             raise ConfigError(f"set: {entry!r}: the values are not YAML") from None
     return grid
+
+
+def one_value(entry: str) -> tuple[str, Any]:
+    """Option and value of an entry `option=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: if it is no YAML.
+    """
+    path, _, text = entry.partition("=")
+    try:
+        return path, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"set: {entry!r}: the value is not YAML") from None
 
 
 def read_grids(path: Path) -> list[Grid]:

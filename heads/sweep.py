@@ -6,7 +6,6 @@ python -m heads.sweep --cache cache/birds --set head=linear,mop --set optim.lr=1
 import json
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from pydantic import PositiveInt, field_validator
 
 from featcache.config import Config, merge, run_job
@@ -25,7 +23,6 @@ from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import train
-from heads.data import FeatureTables, HeadArrays
 from heads.distributed import Group
 from heads.option_grid import (
     Grid,
@@ -36,16 +33,14 @@ from heads.option_grid import (
     read_options,
     rejoined,
 )
-from heads.parts import IntArray, require_labels
+from heads.parts import require_labels
 from heads.progress import ProgressLine, duration
 from heads.run_folder import write_atomic
+from heads.shelf import Shelf
 from heads.train import TrainConfig
 
 _OWN = ("cache", "join", "run", "device", "quiet", "restart", "report")
 """Training options that this job sets itself."""
-
-_HELD_TABLES = 6
-"""Tables kept in memory: training, validation and test rows of two sets of arrays."""
 
 
 class SweepConfig(Config):
@@ -94,23 +89,6 @@ class SweepReport:
     folder: Path
     runs: pd.DataFrame
     table: pd.DataFrame
-
-
-class Shelf:
-    """Reads tables of features, and keeps those used last: most trainings read the same rows."""
-
-    def __init__(self) -> None:
-        self._held: OrderedDict[tuple[Any, ...], FeatureTables] = OrderedDict()
-
-    def __call__(self, arrays: HeadArrays, rows: IntArray, device: torch.device) -> FeatureTables:
-        """See `FeatureTables`; the arrays must be of one and the same cache each time."""
-        key = (tuple(arrays.arrays), rows.tobytes(), str(device))
-        if key not in self._held:
-            while len(self._held) >= _HELD_TABLES:
-                self._held.popitem(last=False)
-            self._held[key] = FeatureTables(arrays, rows, device)
-        self._held.move_to_end(key)
-        return self._held[key]
 
 
 def run(config: SweepConfig) -> SweepReport:

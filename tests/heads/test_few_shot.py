@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,8 @@ import pytest
 from featcache.errors import ConfigError
 from featcache.reader import open_cache
 from heads import few_shot
+from heads import train as train_job
+from heads.data import FeatureTables
 from heads.few_shot import FewShotConfig, markdown, summarise
 from heads.parts import choose_parts
 from heads.reporting import shot_curves
@@ -126,6 +129,7 @@ def test_the_protocol_fills_table_and_picture_and_reuses_runs(
         ({"set": ("linear.head.bias",)}, "not of the form head:option=value"),
         ({"set": ("linear:head.bais=1",)}, r"head linear: head\.bais"),
         ({"set": ("linear:seed=1",)}, "seed is for this job to set"),
+        ({"set": ("linear:head.lrs=[0.1",)}, "the value is not YAML"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -146,6 +150,40 @@ def test_a_cache_without_test_rows_is_refused(
     values = {"cache": cache, "run": tmp_path / "out", **OPTIONS, "shots": (1,), "seeds": 1}
     with pytest.raises(ConfigError, match="no labelled test split"):
         few_shot.run(FewShotConfig.from_values(values))
+
+
+def test_the_cache_is_opened_and_its_test_rows_read_once(
+    make_single: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"cache": make_single(), "run": tmp_path / "out", "set": SET, **OPTIONS}
+    opened, tables = [], []
+    for module in (few_shot, train_job):
+        original = module.open_one_or_joined
+        monkeypatch.setattr(
+            module,
+            "open_one_or_joined",
+            lambda *places, original=original: opened.append(places) or original(*places),
+        )
+
+    class Counting(FeatureTables):
+        def __init__(self, *arguments: Any) -> None:
+            tables.append(len(arguments[1]))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("heads.shelf.FeatureTables", Counting)
+    monkeypatch.setattr(train_job, "FeatureTables", Counting)
+    few_shot.run(FewShotConfig.from_values(values))
+    assert len(opened) == 1
+    assert tables.count(80) == 1  # the test split
+
+
+def test_the_set_option_may_be_given_as_the_command_line_reads_it(
+    make_single: Callable[..., Path],
+) -> None:
+    read = FewShotConfig.from_values(
+        {"cache": make_single(), "set": ["linear:head.lrs=[0.01", "0.03]", "linear:seed=2"]}
+    )
+    assert read.set == ("linear:head.lrs=[0.01,0.03]", "linear:seed=2")
 
 
 def test_one_seed_has_no_deviation() -> None:

@@ -93,9 +93,9 @@ class MopConfig(HeadConfig):
     """Weight of the squared offsets, >= 0."""
     penalty_reduction: PenaltyReduction | Literal["per_row"] = "per_row"
     """`per_row`: sum of the squared lengths of all offsets over the number of training rows, as of
-    a prior, so that text counts less the more rows there are; `sum_per_prompt`: their mean over
-    prompts; `mean`: over all entries, so that each prompt is held less the more classes there
-    are."""
+    a prior, so that text counts less the more rows there are, however many classes; under
+    `sum_per_prompt`, their mean over prompts, and `mean`, over all entries, each offset is held
+    less the more classes there are."""
     assignment: Literal["soft", "hard"] = "soft"
     """How rows are shared among their class's prompts in the mixture loss."""
     tau_start: PositiveFloat = 1.0

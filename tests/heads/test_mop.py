@@ -261,25 +261,29 @@ def test_f04_saturating_product_is_said_once_in_one_line(caplog: pytest.LogCaptu
     assert not caplog.records
 
 
-def test_f05_penalty_per_prompt_does_not_shrink_with_classes() -> None:
-    """F-05: a mean over C K D entries holds each offset less the more classes there are."""
-    few, many = torch.randn(3, 5, D), torch.randn(3, 300, D)
+def test_f05_an_offset_is_not_held_less_the_more_classes_there_are() -> None:
+    """F-05: a mean over all classes' offsets pulls at each of them with 1/C of the strength."""
 
-    def pull(prompts: Tensor, reduction: Any) -> tuple[float, float]:
-        """Penalty of offsets of a fixed length, and of doubling the width."""
-        torch.manual_seed(0)
-        head = Mop(
-            base_prompts(prompts), num_prompts=2, offset_penalty=1.0, penalty_reduction=reduction
+    def hold(num_classes: int, reduction: Any) -> float:
+        """Penalty of one offset of length 1, all others 0, with 600 training rows."""
+        given = dataclasses.replace(
+            spec(torch.randn(3, num_classes, D)),
+            num_classes=num_classes,
+            class_counts=np.full(num_classes, 600 // num_classes, dtype=np.int64),
+        )
+        head = MopConfig(num_prompts=2, offset_penalty=1.0, penalty_reduction=reduction).build(
+            given
         )
         with torch.no_grad():
-            head.offsets.copy_(F.normalize(head.offsets, dim=-1))
+            head.offsets.zero_()[0, 0, 0] = 1.0
         features, targets = batch()
-        value = head.loss((features,), targets % 5, 0.0)["loss_reg"]
-        return float(value), prompts.shape[-1]
+        return float(head.loss((features,), targets % 5, 0.0)["loss_reg"])
 
-    assert pull(few, "sum_per_prompt")[0] == pytest.approx(1.0, rel=1e-5)
-    assert pull(many, "sum_per_prompt")[0] == pytest.approx(1.0, rel=1e-5)
-    assert pull(few, "mean")[0] == pytest.approx(1.0 / D, rel=1e-5)
+    assert hold(5, "per_row") == pytest.approx(1 / 600)
+    assert hold(300, "per_row") == pytest.approx(1 / 600)
+    for reduction, width in (("sum_per_prompt", 1), ("mean", D)):
+        assert hold(5, reduction) == pytest.approx(1 / (5 * 2 * width))
+        assert hold(300, reduction) == pytest.approx(1 / (300 * 2 * width))
 
 
 def test_f52_each_template_is_normalised_before_the_mean() -> None:

@@ -1,4 +1,4 @@
-"""Class chunks of normalised prompts in reused buffers, and sparse products for their gradients.
+"""Class chunks of normalised prompts in reused buffers, and sparse products of some of them.
 
 Shared parts of `heads.losses.mixture_of_prompts`. Shapes: B rows, C classes, c classes of a chunk,
 K prompts a class, D width.

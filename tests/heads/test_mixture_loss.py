@@ -89,8 +89,7 @@ def test_many_small_ragged_chunks_change_nothing(
 
 def test_without_sparse_products_the_gradient_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     features, base, offsets, targets = problem((40, 101, 8, 64))
-    for where in (prompt_scores, prompt_gradient):
-        monkeypatch.setattr(where, "sparse_products", lambda _: False)
+    monkeypatch.setattr(prompt_scores, "sparse_products", lambda _: False)
     _, expected = plain(features, base, offsets, targets)
     offsets.requires_grad_()
     mixture_of_prompts_loss(features, base, offsets, targets, method="screen").loss.backward()
@@ -318,3 +317,15 @@ def test_a_flat_softmax_touches_every_class() -> None:
     ).loss.backward()
     assert offsets.grad is not None
     assert not offsets.grad.is_sparse
+
+
+def test_a_flat_softmax_is_seen_before_any_chunk_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features, base, offsets, targets = problem((40, 101, 8, 64))
+    monkeypatch.setattr(prompt_scores, "Chunks", None)  # would be called for the first chunk
+    terms = prompt_scores.Terms(20.0, 1.0, 1.0, 0.5, 0.0, False)
+    assert prompt_scores.sparse_scores(features, base, offsets, targets, terms, screen=True) is None
+    terms = prompt_scores.Terms(50.0, 1.0, 0.001, 0.5, 0.0, False)
+    with pytest.raises(TypeError):
+        prompt_scores.sparse_scores(features, base, offsets, targets, terms, screen=True)

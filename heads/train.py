@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from featcache.backbones.prompt_tower import PromptTower
 from featcache.class_text import open_prompt_tower
@@ -136,6 +136,15 @@ class TrainConfig(Config):
     """Write `report.html` into the run folder: metrics, curves, classes, confusions, and more."""
     quiet: bool = False
     """Print nothing but warnings and errors."""
+
+    @model_validator(mode="after")
+    def _thresholds_can_be_searched(self) -> "TrainConfig":
+        if self.select_on == "test" and self.metrics.threshold == "searched":
+            raise ValueError(
+                "metrics.threshold=searched needs validation rows, and select_on=test has none; "
+                "give a probability such as 0.5, or leave select_on out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -471,6 +480,9 @@ def _clear(folder: Path) -> None:
         "report.html",
         "history.jsonl",
         "curves.png",
+        "comparisons/*/comparison.json",
+        "comparisons/*/classes.csv",
+        "prompts/class*.png",
         "*.safetensors",
         "config.yaml",
     ):

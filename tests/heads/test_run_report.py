@@ -137,6 +137,30 @@ def test_rows_decided_on_test_fit_nothing(tmp_path: Path) -> None:
     assert read_calibration(run) is None
 
 
+def test_thresholds_that_nothing_may_fit_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="searched needs validation rows"):
+        TrainConfig.from_values(
+            {"cache": tmp_path, "select_on": "test", "metrics": {"threshold": "searched"}}
+        )
+
+
+def test_training_anew_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:
+    cache = single_label_cache(tmp_path / "cache")
+    run, other = tmp_path / "run", fitted(cache, tmp_path / "other", epochs=1, report=False)
+    fitted(cache, run, epochs=1, report=False, tensorboard=True)
+    before = {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
+    evaluate.run(EvaluateConfig(run=run, split="val"))
+    compare.run(CompareConfig(run=run, other=other, metrics=MetricsConfig(bootstrap=100)))
+    report.run(ReportConfig(run=run, metrics=MetricsConfig()))
+    (run / "prompts").mkdir()
+    (run / "prompts" / "class0_rose_all_k.png").touch()
+    fitted(cache, run, epochs=1, report=False, tensorboard=True, restart=True)
+    after = {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
+    assert {re.sub(r"tfevents\..*", "", name) for name in after} == {
+        re.sub(r"tfevents\..*", "", name) for name in before
+    }
+
+
 def test_the_best_classes_of_a_row_can_count_as_predicted(multi: Path) -> None:
     cache = open_cache(multi / "cache")
     rows = cache.rows("test")

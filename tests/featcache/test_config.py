@@ -181,6 +181,9 @@ def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--cache", "x", "--epoch", "3")
     assert caught.value.code == 2
     assert "did you mean --epochs?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--cache", "x", "--head.rates", "1", "2")
+    assert "several values go with commas" in capsys.readouterr().err
 
 
 def test_help_shows_every_option_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -420,8 +420,6 @@ def _error_lines(error: ValidationError, kind_fields: set[str]) -> list[str]:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "no such option" + (f" of {item['loc'][-2]}" if len(item["loc"]) > 1 else "")
-        elif item["type"] == "union_tag_not_found":
-            message = f"options without a kind; name it too, as --{path} KIND"
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             message = f"unknown kind {context['tag']!r}; known: {context['expected_tags']}"

@@ -149,7 +149,7 @@ def test_yaml_round_trip_and_short_kind_in_yaml(tmp_path: Any) -> None:
         (("--cache", "x", "--head", "moo"), "head: unknown kind 'moo'; known: 'mix', 'line'"),
         (
             ("--cache", "x", "--loss.experts", "4"),
-            "loss: options without a kind; name it too, as --loss KIND",
+            "loss: found loss.experts without loss.kind",
         ),
         (("--config", "absent.yaml"), "--config absent.yaml: no such file"),
         (("--config",), "--config: expected a YAML file after it"),

@@ -84,7 +84,7 @@ class LazyAdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
-        flat = parameter.view(len(parameter), -1)
+        flat = parameter.view(_num_rows(parameter), -1)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["last"] = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
@@ -131,6 +131,11 @@ class LazyAdamW(torch.optim.Optimizer):
         flat[which] = values.addcdiv(mean, denominator, value=-group["lr"] / (1 - beta1**step))
 
 
+def _num_rows(parameter: Tensor) -> int:
+    """Length of the first axis; a single number is one row."""
+    return len(parameter) if parameter.ndim else 1
+
+
 def _touched(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     """(r, n) gradient of the rows that have one, and their numbers (r,); None = all of them."""
     gradient = parameter.grad
@@ -142,7 +147,7 @@ def _touched(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
             rows = gradient._indices()[0]
         values = gradient._values().flatten(1)
         return values, None if len(rows) == len(parameter) else rows
-    flat = gradient.reshape(len(parameter), -1)
+    flat = gradient.reshape(_num_rows(parameter), -1)
     rows = flat.any(dim=1).nonzero().squeeze(1)
     return (flat, None) if len(rows) == len(flat) else (flat[rows], rows)
 

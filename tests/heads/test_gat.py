@@ -66,6 +66,12 @@ def slow_adjacency(hot: Array, threshold: float) -> Array:
     return result
 
 
+def test_an_edge_as_strong_as_the_threshold_stays() -> None:
+    met = np.array([[0, 1, 3], [1, 0, 0], [3, 0, 0]])
+    assert adjacency(met, 0.25)[0].tolist() == [1, 0.25, 0.75]
+    assert adjacency(met, 0.26)[0].tolist() == [1, 0, 0.75]
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.24])
 def test_edges_are_shares_of_a_labels_company(threshold: float) -> None:
     hot = labels()

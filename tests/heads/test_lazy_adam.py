@@ -117,3 +117,14 @@ def test_a_restored_state_goes_on_bit_for_bit(dtype: Any) -> None:
     go(again, other, range(5, 12))
     assert torch.equal(parameter, other)
     assert again.state[other]["exp_avg"].dtype == getattr(torch, dtype)
+
+
+def test_a_single_number_is_a_row_of_its_own() -> None:
+    """Such as the threshold of learned prompts, or the one offset of cosine classifiers."""
+    ours, theirs = (nn.Parameter(torch.tensor(0.3)) for _ in range(2))
+    lazy, plain = LazyAdamW([ours], lr=0.03), torch.optim.AdamW([theirs], lr=0.03, weight_decay=0.0)
+    for step in range(5):
+        for parameter, optimizer in ((ours, lazy), (theirs, plain)):
+            parameter.grad = torch.tensor(0.5 - 0.2 * step)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)

@@ -113,7 +113,7 @@ def score_candidates(
         for name, logits in itertools.chain(head.candidates(*features), monitors.items()):
             finite(logits, (start, stop))
             if with_loss and name not in watched:
-                loss = _summed_cross_entropy(logits, targets[start:stop])
+                loss = _summed_cross_entropy(logits, targets[start:stop], head.scored_classes)
                 losses[name] = losses.get(name, 0.0) + float(loss)
             if num_classes is None:
                 hits = (metrics.target_rank(logits, targets[start:stop]) == 0).sum()
@@ -142,9 +142,20 @@ def score_candidates(
     )
 
 
-def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """0-d sum over rows of the softmax or (mean over classes) sigmoid cross-entropy."""
+def _summed_cross_entropy(
+    logits: Tensor, targets: Tensor, columns: Sequence[int] | None = None
+) -> Tensor:
+    """0-d sum over rows of the softmax or (mean over classes) sigmoid cross-entropy.
+
+    Args:
+        logits: (B, C).
+        targets: (B,) or (B, C).
+        columns: classes that count, of sigmoids; None = all.
+    """
     logits = logits.float()
+    if columns is not None and targets.ndim == 2:
+        own = list(columns)
+        logits, targets = logits[:, own], targets[:, own]
     if targets.ndim == 1:
         return F.cross_entropy(logits, targets.long(), reduction="sum")
     return (

@@ -8,16 +8,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import average_precision_score
+from torch.nn import functional as F
 
 from featcache.errors import CacheMismatchError, ConfigError
 from featcache.reader import open_cache
 from heads import evaluate, train
+from heads.data import FeatureTables, open_arrays
 from heads.evaluate import EvaluateConfig, MetricsConfig
 from heads.models.linear import LinearConfig
+from heads.models.one_vs_rest import OneVsRestConfig
 from heads.optim import OptimConfig
+from heads.parts import labelled_part
 from heads.run_folder import RunError
 from heads.train import TrainConfig
+
+from .conftest import toy_spec
 
 CacheMaker = Callable[..., Path]
 
@@ -156,3 +163,20 @@ def test_an_empty_split_is_refused(make_single: CacheMaker) -> None:
     cache = make_single("hollow", invalid=list(range(360, 440)))
     with pytest.raises(RunError, match="split 'test' has no valid labelled row"):
         evaluate.run(EvaluateConfig(run=run, cache=cache, split="test"))
+
+
+def test_the_validation_loss_of_one_class_is_that_class_alone(
+    make_multi: Callable[..., Path],
+) -> None:
+    cache = open_cache(make_multi())
+    part = labelled_part(cache, "test")
+    arrays = open_arrays(cache, OneVsRestConfig())
+    table = FeatureTables(arrays, part.rows, torch.device("cpu"))
+    spec = toy_spec({"image/projected": 12}, 6, "multi_label")
+    head = OneVsRestConfig(class_index=2).build(spec).eval()
+    logits = head(*table.slice(0, len(part)))[:, 2].detach()
+    expected = F.binary_cross_entropy_with_logits(
+        logits, torch.from_numpy(part.targets[:, 2]).float()
+    )
+    found = evaluate.score_candidates(head, table, part, with_loss=True).loss
+    assert found == pytest.approx(float(expected))

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,19 @@ class PrefectShell:
         return [sys.executable, "-m", program, *rest]
 
 
-def stop(process: subprocess.Popen[Any], seconds: float = 10) -> None:
-    """Ends a process started here, and everything it started, whatever it does about it."""
+def stop(*processes: subprocess.Popen[Any], seconds: float = 5) -> None:
+    """Ends processes started here, and everything they started, whatever they do about it.
+
+    All are told at once: a worker waits for its server's answers, and the server for its worker.
+    """
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(seconds)
-        except ProcessLookupError:
-            process.wait()
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, deadline - time.monotonic()))
 
 
 @pytest.fixture(scope="session")
@@ -111,8 +114,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectShell]:
         shell.run("prefect", "--no-prompt", "deploy", "--all")
         yield shell
     finally:
-        for process in reversed(started):
-            stop(process)
+        stop(*started)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -312,13 +312,18 @@ def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
 class _Parser(argparse.ArgumentParser):
     """argparse without abbreviations; hints at misspelt flags, tells kinds' options apart."""
 
-    def __init__(self, *args: Any, kind_texts: Mapping[str, str] | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, model: type[Config] | None = None, **kwargs: Any):
         kwargs["allow_abbrev"] = False
         super().__init__(*args, **kwargs)
-        self._kind_texts = kind_texts or {}
+        self._kind_texts = {} if model is None else kind_texts(model)
+        self._kind_flags = () if model is None else {f"--{n}.kind" for n in kind_fields(model)}
 
     def format_help(self) -> str:
         """The help text; an option that only some kinds have begins with their names."""
+        mixed = [flag for flag in self._option_string_actions if flag in self._kind_flags]
+        if mixed:
+            named = " ".join(flag.replace(".kind", " KIND") for flag in mixed)
+            self.epilog = f"{named} --help: the options of these kinds alone."
         for action in self._actions:
             if "StoreUrl" in str(action.metavar):
                 action.metavar = "PATH"
@@ -329,6 +334,9 @@ class _Parser(argparse.ArgumentParser):
                 default = re.search(r"\(default: .*\)$", str(action.help), re.DOTALL)
                 shown = f" {default[0]}" if default and text.count("[") == 1 else ""
                 action.help = text.replace("%", "%%") + shown
+            whole = re.search(r"\s*\(default: \[\w+\(", action.help or "")
+            if whole and action.help:  # a list of whole configurations, with all their options
+                action.help = action.help[: whole.start()]
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
@@ -364,8 +372,7 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
         prog=program,
         usage="%(prog)s [--config FILE] [--option VALUE ...]",
         description=model.__doc__,
-        kind_texts=kind_texts(model),
-        epilog=_kinds_hint(model),
+        model=model,
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with the same names; flags beat it"
@@ -374,15 +381,6 @@ def _parse_flags(model: type[Config], arguments: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = source()
     values.pop("config", None) if "config" not in model.model_fields else None
     return values
-
-
-def _kinds_hint(model: type[Config]) -> str | None:
-    """Last line of a help that mixes the options of several kinds; none if it does not."""
-    mixed = sorted(kind_fields(model))
-    if not mixed:
-        return None
-    named = " ".join(f"--{name} KIND" for name in mixed)
-    return f"{named} --help: the options of these kinds alone."
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,6 +222,20 @@ def test_help_of_a_kind_has_the_options_of_that_kind_alone(
     assert "--head KIND --loss KIND --help: the options of these kinds alone." in everything
 
 
+class Several(Config):
+    """Several jobs."""
+
+    jobs: list[Job] = Field(default=[Job(cache="x")])
+    """What to do."""
+
+
+def test_help_of_a_list_of_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Several.from_command_line(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.endswith("What to do.")  # no defaults of all, no flags that do not exist
+
+
 def test_configurations_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Job(cache="c").epochs = 3  # type: ignore[misc]

@@ -9,13 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from featcache.class_text import text_array_name
+from featcache.prompts import format_prompts
+from featcache.reader import Cache, open_cache
 from heads import train
+from heads.base import HeadConfig
 from heads.distributed import Group, group_for
 from heads.models.linear import LinearConfig
+from heads.models.mop import MopConfig
 from heads.optim import OptimConfig
 from heads.train import TrainConfig
 
@@ -81,14 +87,29 @@ def test_a_process_alone_is_a_group_of_one() -> None:
         assert group.follow("x") == "x"
 
 
-def test_two_processes_train_as_one(make_single: CacheMaker, tmp_path: Path) -> None:
+def give_class_text(cache: Cache, template: str) -> None:
+    """Puts text features of the classes into a cache, as if they had been encoded before."""
+    (texts,) = format_prompts(cache.classes, [template])
+    values = np.random.default_rng(0).normal(size=(len(texts), 12)).astype(np.float32)
+    cache.store.put_array(text_array_name(cache, texts), values, {})
+
+
+HEADS: dict[str, HeadConfig] = {
+    "linear": LinearConfig(lrs=(0.01, 0.1), weight_decays=(0.0, 0.1)),
+    "mop": MopConfig(num_prompts=3, init_std=0.1, templates="a {name}"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+def test_two_processes_train_as_one(head: Any, make_single: CacheMaker, tmp_path: Path) -> None:
     cache = make_single(splits={"train": 301, "val": 60, "test": 80})  # the last batch is one row
+    give_class_text(open_cache(cache), "a {name}")
     # Not adamw: it makes a whole step of a gradient that is zero but for rounding.
     optim = {"optimizer": "sgd", "epochs": 3, "batch_size": 60, "accumulate": 2}
     asked = TrainConfig(
         cache=cache,
         run=tmp_path / "one",
-        head=LinearConfig(lrs=(0.01, 0.1), weight_decays=(0.0, 0.1)),
+        head=head,
         optim=OptimConfig(**optim, ema_decay=0.9, clip_norm=1.0),
         quiet=True,
         device="cpu",

@@ -293,6 +293,7 @@ def measure_copies(num_rows: int, num_classes: int, repeats: int) -> dict[str, A
     for name, grid in grids.items():
         own = replace(problem, config=LinearConfig.model_validate(grid))
         works[name] = lambda own=own: train(own, 1)  # type: ignore[misc]
+    works["64 pairs, bf16"] = lambda: train(own, 1, precision="bf16")
     optim = optimisation.resolve(OptimConfig(), problem.config.optim_defaults, num_rows)
     batch = min(int(optim.batch_size or 0), 512)
     some, weight = torch.randn(batch, DIM), torch.randn(64 * num_classes, DIM)

@@ -4,6 +4,7 @@ import copy
 import importlib
 import inspect
 import pkgutil
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -417,6 +418,17 @@ class TestLosses:
         assert terms.dtype == torch.float32
         torch.testing.assert_close(loss(logits, targets), terms.mean())
 
+    def test_class_indices_are_rows_with_one_label(self, kind: str) -> None:
+        if "single_label" not in LOSSES[kind].tasks:
+            return
+        labels = torch.arange(12) % NUM_CLASSES
+        logits, loss = self.logits_and_targets(kind)[0], self.build(kind)
+        value = loss(logits, labels)
+        assert torch.isfinite(value)
+        if "multi_label" in LOSSES[kind].tasks:
+            hot = torch.nn.functional.one_hot(labels, NUM_CLASSES).float()
+            torch.testing.assert_close(value, loss(logits, hot))
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_extreme_logits_of_any_dtype_give_finite_losses_and_gradients(
         self, kind: str, dtype: torch.dtype
@@ -463,6 +475,13 @@ class TestLosses:
 def test_a_head_names_its_source(kind: str) -> None:
     text = inspect.getmodule(HEADS[kind]).__doc__ or ""
     assert "Reference:" in text, f"heads/models of {kind}: the module text names no source"
+
+
+@pytest.mark.parametrize("folder", ["heads", "losses"])
+def test_every_head_and_loss_has_its_place_in_the_pages(folder: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / f"{folder}.md").read_text(encoding="utf-8")
+    kinds = [name.partition("/")[2] for name in MEMBERS if name.startswith(f"{folder}/")]
+    assert [kind for kind in kinds if not re.search(rf"\b{kind}\b", page)] == []
 
 
 def _jobs_and_parts() -> dict[str, type[Config]]:

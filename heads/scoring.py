@@ -324,8 +324,8 @@ def predicted_classes(
         return metrics.predictions(scores, options.threshold)
     if calibration is None or calibration.thresholds is None:
         raise RunError(
-            "metrics.threshold=searched: this run holds no searched thresholds; train it again, or "
-            "give a probability such as 0.5"
+            "metrics.threshold=searched: this run holds no searched thresholds of these weights "
+            "and classes; train it again, or give a probability such as 0.5"
         )
     return metrics.predictions(scores, calibration.threshold_array(), calibration.temperature)
 

@@ -35,7 +35,7 @@ from heads.option_grid import (
 )
 from heads.parts import require_labels
 from heads.progress import ProgressLine, duration
-from heads.run_folder import write_atomic
+from heads.run_folder import RunError, write_atomic
 from heads.shelf import Shelf
 from heads.train import TrainConfig
 
@@ -97,6 +97,7 @@ def run(config: SweepConfig) -> SweepReport:
     Raises:
         ConfigError: a grid that cannot be read, or several processes.
         CacheError: a cache that cannot be trained on at all.
+        RunError: if all trainings failed; the table is written before.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("heads.sweep is one process; use torchrun with heads.train")
@@ -134,6 +135,11 @@ def run(config: SweepConfig) -> SweepReport:
         print((folder / "table.md").read_text(), end="")
         print(f"mean ± standard deviation over {config.seeds} seed(s), sorted by validation")
         print(f"folder: {folder}")
+    if all(row["error"] for row in rows):
+        raise RunError(
+            f"none of the {len(rows)} trainings came to a result; the first: {rows[0]['error']}; "
+            f"{folder / 'table.md'} has all reasons"
+        )
     return report
 
 

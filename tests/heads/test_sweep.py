@@ -12,6 +12,7 @@ from featcache.errors import CacheError, ConfigError
 from heads import option_grid, sweep, train
 from heads.data import FeatureTable
 from heads.models.linear import Linear
+from heads.run_folder import RunError
 from heads.sweep import SweepConfig
 from heads.train import TrainConfig
 
@@ -195,6 +196,13 @@ def test_a_failed_training_is_a_row_with_its_reason(
     printed = capsys.readouterr().out
     assert "failed because" in printed
     assert "unknown kind 'nothing'" in printed
+
+
+def test_a_sweep_without_any_result_is_an_error(make_single: CacheMaker, tmp_path: Path) -> None:
+    asked = config(make_single(), tmp_path / "sweep", "head=nothing", "optim.epochs=1,2")
+    with pytest.raises(RunError, match=r"none of the 2 trainings came to a result.*'nothing'"):
+        sweep.run(asked)
+    assert "failed because" in (tmp_path / "sweep" / "table.md").read_text()
 
 
 def test_a_bug_is_no_row(

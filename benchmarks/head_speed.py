@@ -100,19 +100,18 @@ def train(problem: Problem, epochs: int, **options: Any) -> Head:
 
 def take_turns(rows: dict[str, Work], repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds of each row, rows interleaved, and the mean share that others had."""
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in rows}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in rows}
     for _ in range(repeats):
         for name, work in rows.items():
-            turns = []
-            while not turns or (len(turns) < 2 and turns[0][1] > MAX_OTHERS):
-                own = time.process_time()
-                turns.append((*timed(work), time.process_time() - own))
-            found[name].append(min(turns, key=lambda turn: turn[1]))
+            turns = [timed(work)]
+            if turns[0][2] > MAX_OTHERS:
+                turns.append(timed(work))
+            found[name].append(min(turns, key=lambda turn: turn[2]))
     return {
         name: {
             "seconds": statistics.median(turn[0] for turn in turns),
-            "cpu_seconds": statistics.median(turn[2] for turn in turns),
-            "others": statistics.mean(turn[1] for turn in turns),
+            "cpu_seconds": statistics.median(turn[1] for turn in turns),
+            "others": statistics.mean(turn[2] for turn in turns),
         }
         for name, turns in found.items()
     }

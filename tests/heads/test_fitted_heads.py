@@ -14,10 +14,11 @@ from torch import Tensor
 from heads import evaluate, train
 from heads.base import FeatureSpec
 from heads.evaluate import EvaluateConfig
+from heads.mlp import RowScale
 from heads.models import HEADS
 from heads.models.knn import Knn, KnnConfig
 from heads.models.logistic_regression import LogisticRegressionConfig, Solver
-from heads.models.ridge import SHARPNESS, RidgeConfig
+from heads.models.ridge import SHARPNESS, RidgeConfig, fit_ridge
 from heads.train import TrainConfig
 
 N, C, D = 240, 4, 6
@@ -182,3 +183,15 @@ def test_fitted_heads_go_through_the_jobs(
     assert report.metrics["test"]["top1"] > 0.6
     found = evaluate.run(EvaluateConfig(run=tmp_path / kind, split="test", device="cpu"))
     assert found.metrics["top1"] == report.metrics["test"]["top1"]
+
+
+def test_ridge_of_rows_in_parts_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 5, generator=generator) + torch.linspace(0, 6, 60)[:, None]
+    targets = torch.randint(0, 3, (60,), generator=generator)
+    found = []
+    for step in (60, 7):  # the mean of the first part is not that of all
+        monkeypatch.setattr("heads.models.ridge._ROWS", step)
+        found.append(fit_ridge(RowScale(5, "none"), rows, targets, 3, (0.1,)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)

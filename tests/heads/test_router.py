@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from heads.base import HeadConfig
+from heads.mlp import present
 from heads.models.ensemble import EnsembleConfig
 from heads.models.naive import NaiveConfig
 from heads.models.router import Router, RouterConfig, routing_weights
@@ -194,3 +195,8 @@ def test_the_loss_is_the_one_chosen_and_weights_are_logged() -> None:
     parts = head.loss(features, targets, 0.0)
     torch.testing.assert_close(parts["loss"], F.cross_entropy(head(*features), targets))
     torch.testing.assert_close(parts["weight_image"] + parts["weight_text"], torch.tensor(1.0))
+
+
+def test_a_vector_with_some_zeros_is_there() -> None:
+    rows = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 2.0, 3.0]])
+    assert present(rows).tolist() == [True, False, True]

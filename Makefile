@@ -55,7 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/blip.py
 	$(BIN)/python benchmarks/mop.py
 	$(BIN)/python benchmarks/ml_decoder.py
-	$(BIN)/python benchmarks/heads.py
+	$(BIN)/python benchmarks/head_speed.py
 
 clean:
 	rm -rf .demo runs cache/garden* data/garden* build

@@ -1,8 +1,8 @@
 """Training speed and memory of every head; the loop against loops over a DataLoader; probes.
 
-    OMP_NUM_THREADS=2 python benchmarks/heads.py                   # about 10 minutes on 2 cores
-    python benchmarks/heads.py --rows 4096 --repeats 1 --output /tmp/x.json       # a try
-    python benchmarks/heads.py --sections heads --only linear router              # a part
+    OMP_NUM_THREADS=2 python benchmarks/head_speed.py  # about 10 minutes on 2 cores
+    python benchmarks/head_speed.py --rows 4096 --repeats 1  # a try
+    python benchmarks/head_speed.py --sections heads --only linear router              # a part
 
 Four tables, on random features of width 512 held in memory as the training job holds them:
 
@@ -330,7 +330,7 @@ def main() -> None:
     rows, repeats = arguments.rows, arguments.repeats
     kinds = [kind for kind in sorted(HEADS) if kind in (arguments.only or HEADS)]
     record: dict[str, Any] = {
-        "command": f"python benchmarks/heads.py --rows {rows} --repeats {repeats}",
+        "command": f"python benchmarks/head_speed.py --rows {rows} --repeats {repeats}",
         "torch": torch.__version__,
         "threads": arguments.threads,
         "machine": platform.machine(),

@@ -2,10 +2,28 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TextIO
 
 _TERMINAL_SECONDS = 0.1
 _LOG_SECONDS = 10.0
+_SILENT = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silenced(quiet: bool = True) -> Iterator[None]:
+    """No progress inside, for what is too deep to be told: a head that is fitted as it is built.
+
+    Args:
+        quiet: False changes nothing.
+    """
+    token = _SILENT.set(_SILENT.get() or quiet)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
 
 
 class ProgressLine:
@@ -13,7 +31,7 @@ class ProgressLine:
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
         """Writes to `stream`, by default standard error; `quiet` writes nothing."""
-        self.quiet = quiet
+        self.quiet = quiet or _SILENT.get()
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
         self._shown_at = -float("inf")

@@ -44,7 +44,7 @@ from heads.parts import (
     choose_parts,
     require_labels,
 )
-from heads.progress import duration
+from heads.progress import duration, silenced
 from heads.results import write_results
 from heads.run_folder import WEIGHTS, RunError
 from heads.scoring import MetricsConfig, metrics_table
@@ -218,7 +218,8 @@ def train_on(
                 run_folder.write_tensors(folder / "prompts.safetensors", {"prompts": spec.prompts})
         torch.manual_seed(config.seed)
         building = time.perf_counter()
-        head = config.head.build(spec).to(device)
+        with silenced(config.quiet):
+            head = config.head.build(spec).to(device)
         built = time.perf_counter() - building
         if group.leads:
             _warn_of_pieces(head, config.optim.accumulate, group.size)

@@ -195,3 +195,24 @@ def test_ridge_of_rows_in_parts_is_that_of_all_at_once(monkeypatch: pytest.Monke
         found.append(fit_ridge(RowScale(5, "none"), rows, targets, 3, (0.1,)))
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_quiet_reaches_a_head_that_is_fitted_as_it_is_built(
+    make_single: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("heads.models.logistic_regression._QUIET_SECONDS", -1.0)
+    for quiet in (False, True):
+        train.run(
+            TrainConfig(
+                cache=make_single(f"c{quiet}"),
+                head=LogisticRegressionConfig(),
+                run=tmp_path / f"r{quiet}",
+                device="cpu",
+                quiet=quiet,
+            )
+        )
+        captured = capsys.readouterr()
+        assert ("pass 1" in captured.err) is not quiet

@@ -31,7 +31,7 @@ class FittedLinear(Head):
 
         Args:
             scale: what features go through first.
-            weights: (G, C, D) float32.
+            weights: (G, C, D) float32; (G, C, L D) for tokens side by side.
             biases: (G, C) float32.
             names: G names of candidates.
         """
@@ -42,12 +42,12 @@ class FittedLinear(Head):
         self.names = tuple(names)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C) logits of the first classifier from (B, D) features as stored."""
-        return F.linear(self.scale(features), self.weights[0], self.biases[0])
+        """(B, C) logits of the first classifier from (B, D) or (B, L, D) features as stored."""
+        return F.linear(self.scale(features).flatten(1), self.weights[0], self.biases[0])
 
     def candidates(self, *features: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Name and (B, C) logits of each classifier."""
-        scaled = self.scale(*features)
+        scaled = self.scale(*features).flatten(1)
         for name, weight, bias in zip(self.names, self.weights, self.biases, strict=True):
             yield name, F.linear(scaled, weight, bias)
 
@@ -58,10 +58,22 @@ class FittedLinear(Head):
         part = slice(index, index + 1)
         return {"weights": self.weights[part], "biases": self.biases[part], **scaling}
 
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a classifier back, of as many tokens a row as it was fitted to.
+
+        Raises:
+            ValueError: if names or other sizes differ from this head's own.
+        """
+        own = self.weights.shape
+        weights = state.get("weights")
+        if weights is not None and weights.ndim == 3 and weights.shape[2] % own[2] == 0:
+            self.weights = self.weights.new_zeros(*own[:2], weights.shape[2])
+        super().load_trained_state(state)
+
 
 def scaled_in_parts(scale: RowScale, features: Tensor, step: int = 65_536) -> Tensor:
-    """(N, D) float32 `scale(features)` without a second temporary of that size."""
-    result = torch.empty_like(features, dtype=torch.float32)
+    """(N, D) float32 `scale(features)`, tokens side by side, without a temporary of that size."""
+    result = features.new_empty(len(features), features[0].numel(), dtype=torch.float32)
     for start in range(0, len(features), step):
-        result[start : start + step] = scale(features[start : start + step])
+        result[start : start + step] = scale(features[start : start + step]).flatten(1)
     return result

@@ -49,9 +49,9 @@ class LogisticRegressionConfig(HeadConfig):
 
     kind: Literal["logistic_regression"] = "logistic_regression"
     """Head kind."""
-    feature: Literal["projected", "pooled"] = "projected"
+    feature: Literal["projected", "pooled", "tokens"] = "projected"
     """projected = features after the projection into the space shared with text; pooled = the wider
-    ones before it."""
+    ones before it; tokens = all tokens of an image side by side, as many in every image."""
     scaling: RowScaling = "standard"
     """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
     norm 1, times the root of the width; none = as stored."""
@@ -93,7 +93,8 @@ class LogisticRegressionConfig(HeadConfig):
             scale = scale.to(features.device)
             rows = scaled_in_parts(scale, features)
             known, never, always = fittable(targets, spec.num_classes)
-            weights, biases = weights.to(rows), biases.to(rows)
+            weights = rows.new_zeros(*weights.shape[:2], rows.shape[1])
+            biases = biases.to(rows)
             biases[:, never], biases[:, always] = -_CERTAIN, _CERTAIN
             if len(known):
                 reduced = (

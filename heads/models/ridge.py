@@ -5,6 +5,7 @@ With centred features X (N, D), centred targets Y (N, C) and penalty λ,
     W = argmin ‖Y − X Wᵀ‖² / N + λ ‖W‖²,    Wᵀ = V (E + λ)⁻¹ Vᵀ (Xᵀ Y / N),    XᵀX / N = V E Vᵀ
 
 so that one eigendecomposition of a D x D matrix serves every penalty; the offset is the mean of Y.
+Of L tokens side by side D is L times as large.
 
 Reference: Rifkin, Yeo and Poggio, Regularized Least-Squares Classification, 2003, sections 3 and 5.
 Departs from it: linear features only, and penalties are picked on validation rows.
@@ -34,9 +35,9 @@ class RidgeConfig(HeadConfig):
 
     kind: Literal["ridge"] = "ridge"
     """Head kind."""
-    feature: Literal["projected", "pooled"] = "projected"
+    feature: Literal["projected", "pooled", "tokens"] = "projected"
     """projected = features after the projection into the space shared with text; pooled = the wider
-    ones before it."""
+    ones before it; tokens = all tokens of an image side by side, as many in every image."""
     scaling: RowScaling = "standard"
     """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
     norm 1, times the root of the width; none = as stored."""
@@ -92,20 +93,21 @@ def fit_ridge(
 
     Args:
         scale: what features go through first.
-        features: (N, D) float32 as stored.
+        features: (N, D) float32 as stored; (N, L, D) tokens are taken side by side.
         targets: (N,) int64 classes, or (N, C) float multi-hot.
         num_classes: C.
         penalties: λ, each > 0.
     """
-    num_rows, dim = features.shape
-    shift = scale(features[:_ROWS]).mean(0)  # near the mean, or products would cancel
+    num_rows, dim = len(features), features[0].numel()
+    step = max(1, _ROWS * features.shape[-1] // dim)
+    shift = scale(features[:step]).flatten(1).mean(0)  # near the mean, or products would cancel
     total = features.new_zeros(dim, dtype=torch.float64)
     squares = features.new_zeros(dim, dim, dtype=torch.float64)
     hits = features.new_zeros(dim, num_classes, dtype=torch.float64)
     counts = features.new_zeros(num_classes, dtype=torch.float64)
-    for start in range(0, num_rows, _ROWS):
-        rows = scale(features[start : start + _ROWS]) - shift
-        hot = as_multi_hot(targets[start : start + _ROWS], num_classes)
+    for start in range(0, num_rows, step):
+        rows = scale(features[start : start + step]).flatten(1) - shift
+        hot = as_multi_hot(targets[start : start + step], num_classes)
         total += rows.sum(0, dtype=torch.float64)
         squares += (rows.T @ rows).double()
         hits += (rows.T @ hot).double()

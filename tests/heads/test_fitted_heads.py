@@ -216,3 +216,26 @@ def test_quiet_reaches_a_head_that_is_fitted_as_it_is_built(
         )
         captured = capsys.readouterr()
         assert ("pass 1" in captured.err) is not quiet
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic_regression"])
+def test_tokens_count_side_by_side(
+    kind: str, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    features, labels = rows()
+    tokens = features.view(N, 3, 2).numpy()
+    options = {
+        "labels": [[int(label)] for label in labels],
+        "splits": ["train"] * 160 + ["val"] * 40 + ["test"] * 40,
+        "num_classes": C,
+    }
+    flat = make_cache("flat", features.numpy(), **options)
+    cut = make_cache("cut", tokens, array="image/tokens", **options)
+    scores = []
+    for cache, feature in ((flat, "projected"), (cut, "tokens")):
+        head = HEADS[kind].model_validate({"feature": feature, "scaling": "none"})
+        folder = tmp_path / feature
+        train.run(TrainConfig(cache=cache, head=head, run=folder, device="cpu", quiet=True))
+        found = evaluate.run(EvaluateConfig(run=folder, split="test", device="cpu"))
+        scores.append((found.metrics["top1"], found.metrics["mean_margin"]))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)

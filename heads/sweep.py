@@ -23,7 +23,7 @@ from featcache.precision import resolve_device
 from featcache.reader import Cache
 from featcache.storage import CachePath
 from heads import train
-from heads.distributed import Group
+from heads.distributed import Group, ending_at_once
 from heads.option_grid import (
     Grid,
     combinations,
@@ -273,4 +273,5 @@ def _deviation(values: "pd.Series[Any]") -> float:
 
 
 if __name__ == "__main__":
-    run_job(SweepConfig, run)
+    with ending_at_once():
+        run_job(SweepConfig, run)

@@ -30,7 +30,7 @@ from heads import optim as optimisation
 from heads.base import FeatureSpec, Head, HeadConfig
 from heads.checkpoint import CHECKPOINT
 from heads.data import FeatureTables, HeadArrays, open_arrays
-from heads.distributed import Group, group_for
+from heads.distributed import Group, ending_at_once, group_for
 from heads.evaluate import main_metric
 from heads.fitting import Material, fit, memory_advice, untrained
 from heads.losses import AnyLoss
@@ -494,4 +494,5 @@ def _clear(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_job(TrainConfig, run)
+    with ending_at_once():
+        run_job(TrainConfig, run)

@@ -4,13 +4,48 @@ One classifier for each strength of a penalty; validation picks one of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from heads.base import Head
-from heads.mlp import RowScale
+from heads.base import Head, HeadConfig
+from heads.mlp import RowScale, RowScaling
+
+
+class FittedLinearConfig(HeadConfig):
+    """Options that linear classifiers fitted at once share; each kind has penalties of its own."""
+
+    feature: Literal["projected", "pooled", "tokens"] = "projected"
+    """projected = features after the projection into the space shared with text; pooled = the wider
+    ones before it; tokens = all tokens of an image side by side, as many in every image."""
+    scaling: RowScaling = "standard"
+    """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
+    norm 1, times the root of the width; none = as stored."""
+    penalties: tuple[PositiveFloat, ...] = Field(min_length=1)
+    """Weights of the squared weights, each > 0; validation picks one."""
+
+    def arrays(self) -> tuple[str, ...]:
+        """The array that `feature` names."""
+        return (f"image/{self.feature}",)
+
+    def wants_statistics(self) -> bool:
+        """True for `scaling=standard`."""
+        return self.scaling == "standard"
+
+    def only(self, candidate: str) -> Self:
+        """The config with the one penalty of that name."""
+        for penalty in self.penalties:
+            if penalty_name(penalty) == candidate:
+                return self.model_copy(update={"penalties": (penalty,)})
+        raise KeyError(candidate)
+
+
+def penalty_name(penalty: float) -> str:
+    """Name of a candidate."""
+    return f"penalty {penalty:g}"
 
 
 class FittedLinear(Head):

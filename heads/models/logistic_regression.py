@@ -13,7 +13,7 @@ scaled by column, and the grid is coarse.
 
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from heads.base import FeatureSpec, HeadConfig
-from heads.fitted_linear import FittedLinear, scaled_in_parts
-from heads.mlp import RowScale, RowScaling
-from heads.models.ridge import penalty_name
+from heads.base import FeatureSpec
+from heads.fitted_linear import FittedLinear, FittedLinearConfig, penalty_name, scaled_in_parts
+from heads.mlp import RowScale
 from heads.progress import ProgressLine, duration
 from heads.threads import enough_threads
 
@@ -42,19 +41,11 @@ _QUIET_SECONDS = 2.0
 """Fits shorter than this show no progress."""
 
 
-class LogisticRegressionConfig(HeadConfig):
+class LogisticRegressionConfig(FittedLinearConfig):
     """Logistic regression on all rows at once; validation picks the penalty."""
-
-    needs: ClassVar[tuple[str, ...]] = ("image/projected",)
 
     kind: Literal["logistic_regression"] = "logistic_regression"
     """Head kind."""
-    feature: Literal["projected", "pooled", "tokens"] = "projected"
-    """projected = features after the projection into the space shared with text; pooled = the wider
-    ones before it; tokens = all tokens of an image side by side, as many in every image."""
-    scaling: RowScaling = "standard"
-    """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
-    norm 1, times the root of the width; none = as stored."""
     penalties: tuple[PositiveFloat, ...] = Field(
         default=(1.0, 1e-1, 1e-2, 1e-3, 1e-4), min_length=1
     )
@@ -66,21 +57,6 @@ class LogisticRegressionConfig(HeadConfig):
     """Most L-BFGS iterations for a penalty, 1 or more."""
     tolerance: PositiveFloat = 1e-4
     """Largest entry of the gradient at which a fit is done, > 0."""
-
-    def arrays(self) -> tuple[str, ...]:
-        """The array that `feature` names."""
-        return (f"image/{self.feature}",)
-
-    def wants_statistics(self) -> bool:
-        """True for `scaling=standard`."""
-        return self.scaling == "standard"
-
-    def only(self, candidate: str) -> Self:
-        """The config with the one penalty of that name."""
-        for penalty in self.penalties:
-            if penalty_name(penalty) == candidate:
-                return self.model_copy(update={"penalties": (penalty,)})
-        raise KeyError(candidate)
 
     def build(self, spec: FeatureSpec) -> FittedLinear:
         """The classifiers, fitted to the training rows of `spec`; a loaded run brings its own."""

@@ -11,16 +11,16 @@ Reference: Rifkin, Yeo and Poggio, Regularized Least-Squares Classification, 200
 Departs from it: linear features only, and penalties are picked on validation rows.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from heads.base import FeatureSpec, HeadConfig
-from heads.fitted_linear import FittedLinear
+from heads.base import FeatureSpec
+from heads.fitted_linear import FittedLinear, FittedLinearConfig, penalty_name
 from heads.losses.base import as_multi_hot
-from heads.mlp import RowScale, RowScaling
+from heads.mlp import RowScale
 
 _ROWS = 65_536
 """Rows summed at a time, in float32; sums of parts are float64."""
@@ -28,39 +28,16 @@ SHARPNESS = 10.0
 """What regressed targets (0..1) are multiplied by to be logits; a temperature is fitted besides."""
 
 
-class RidgeConfig(HeadConfig):
+class RidgeConfig(FittedLinearConfig):
     """Least squares to one-hot labels with a penalty on the weights, in closed form."""
-
-    needs: ClassVar[tuple[str, ...]] = ("image/projected",)
 
     kind: Literal["ridge"] = "ridge"
     """Head kind."""
-    feature: Literal["projected", "pooled", "tokens"] = "projected"
-    """projected = features after the projection into the space shared with text; pooled = the wider
-    ones before it; tokens = all tokens of an image side by side, as many in every image."""
-    scaling: RowScaling = "standard"
-    """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
-    norm 1, times the root of the width; none = as stored."""
     penalties: tuple[PositiveFloat, ...] = Field(
         default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1
     )
     """Weights of the squared weights beside the mean squared error (λ), each > 0; validation picks
     one."""
-
-    def arrays(self) -> tuple[str, ...]:
-        """The array that `feature` names."""
-        return (f"image/{self.feature}",)
-
-    def wants_statistics(self) -> bool:
-        """True for `scaling=standard`."""
-        return self.scaling == "standard"
-
-    def only(self, candidate: str) -> Self:
-        """The config with the one penalty of that name."""
-        for penalty in self.penalties:
-            if penalty_name(penalty) == candidate:
-                return self.model_copy(update={"penalties": (penalty,)})
-        raise KeyError(candidate)
 
     def build(self, spec: FeatureSpec) -> FittedLinear:
         """The classifiers, fitted to the training rows of `spec`; a loaded run brings its own."""
@@ -75,11 +52,6 @@ class RidgeConfig(HeadConfig):
             center = 0.5 if spec.task == "multi_label" else 0.0
             weights, biases = SHARPNESS * weights, SHARPNESS * (biases - center)
         return FittedLinear(scale, weights, biases, [penalty_name(one) for one in self.penalties])
-
-
-def penalty_name(penalty: float) -> str:
-    """Name of a candidate."""
-    return f"penalty {penalty:g}"
 
 
 def fit_ridge(

@@ -178,7 +178,7 @@ def draw_shares(share: npt.NDArray[np.floating], names: Sequence[str]) -> Figure
     axes = made.subplots()
     ramp = LinearSegmentedColormap.from_list("report", ["#ffffff", "#9dbcd4", "#16425b"])
     image = axes.imshow(share, cmap=ramp, vmin=0, vmax=1)
-    shown = [_short(name) for name in names]
+    shown = [style.short_name(name, 24) for name in names]
     size = 9 if len(names) <= 20 else 7.5 if len(names) <= 40 else 5.5
     axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), shown)
@@ -218,8 +218,3 @@ def _labelled_rows(cache: Cache) -> tuple[str, Rows]:
             if len(rows):
                 return split, rows
     return cache.split_names[0], np.empty(0, np.int64)
-
-
-def _short(name: str) -> str:
-    name = name.replace("_", " ")
-    return name if len(name) <= 24 else name[:23] + "…"

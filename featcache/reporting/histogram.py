@@ -52,24 +52,15 @@ def draw(counts: npt.NDArray[np.int64], groups: list[str], names: list[str], spl
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"{split} images", color=style.MUTED)
     if named:
-        shown_names = [_short(names[index]) for index in order]
+        shown_names = [style.short_name(names[index]) for index in order]
         axes.set_xticks(range(len(counts)), shown_names, rotation=45, ha="right")
         axes.tick_params(axis="x", length=0, labelcolor=style.INK)
     else:
         axes.set_xlabel("classes, from many images to few", color=style.MUTED)
     present = [name for name in style.GROUP_COLORS if (group == name).any()]
-    made.legend(
+    style.legend_above(
+        made,
         [Patch(color=style.GROUP_COLORS[name]) for name in present],
         [f"{name}: {int((group == name).sum()):,} classes" for name in present],
-        loc="outside upper right",
-        ncols=3,
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=style.INK,
     )
     return made
-
-
-def _short(name: str) -> str:
-    name = name.replace("_", " ")
-    return name if len(name) <= 20 else name[:19] + "…"

@@ -3,11 +3,13 @@
 import base64
 import io
 import warnings
+from collections.abc import Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 INK, MUTED, GRID, EMPTY = "#22303c", "#66727d", "#e3e7eb", "#c5ccd3"
 
@@ -47,6 +49,25 @@ def dress(axes: Axes, title: str = "") -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GRID)
+
+
+def legend_above(made: Figure, patches: Sequence[Patch], texts: Sequence[str]) -> None:
+    """A legend in one line over the figure, at its right."""
+    made.legend(
+        list(patches),
+        list(texts),
+        loc="outside upper right",
+        ncols=3,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+    )
+
+
+def short_name(name: str, longest: int = 20) -> str:
+    """A class name that fits beside an axis: blanks for underscores, cut with an ellipsis."""
+    name = name.replace("_", " ")
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def data_uri(made: Figure) -> str:

@@ -70,7 +70,7 @@ def draw(
     if named:
         axes.set_xticks(
             range(len(order)),
-            [_short(names[index]) for index in order],
+            [style.short_name(names[index]) for index in order],
             rotation=45,
             ha="right",
             rotation_mode="anchor",
@@ -82,18 +82,9 @@ def draw(
         axes.set_xticks(places)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{sizes[round(at)]:,}"))
         axes.set_xlabel("training images of the class, most first", color=style.MUTED)
-    made.legend(
+    style.legend_above(
+        made,
         [patch for patch, _ in labels],
         [text for _, text in labels],
-        loc="outside upper right",
-        ncols=3,
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=style.INK,
     )
     return made
-
-
-def _short(name: str) -> str:
-    name = name.replace("_", " ")
-    return name if len(name) <= 20 else name[:19] + "…"

@@ -59,7 +59,7 @@ def draw(edges: npt.NDArray[np.floating], names: Sequence[str], groups: Sequence
         axes.text(
             1.05 * x,
             1.05 * y,
-            _short(names[index]),
+            style.short_name(names[index], 18),
             rotation=degrees + 180 if flipped else degrees,
             rotation_mode="anchor",
             ha="right" if flipped else "left",
@@ -96,8 +96,3 @@ def _curve(start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> npt.
     at = np.linspace(0, 1, 21)[:, None]
     bend = 0.35 * (start + end) / 2
     return (1 - at) ** 2 * start + 2 * at * (1 - at) * bend + at**2 * end
-
-
-def _short(name: str) -> str:
-    name = name.replace("_", " ")
-    return name if len(name) <= 18 else name[:17] + "…"

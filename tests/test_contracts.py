@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from featcache.adapters import ADAPTERS
 from featcache.backbones import BACKBONES
 from featcache.config import Config
 from featcache.datasets import DATASETS
@@ -38,6 +39,7 @@ MEMBERS = {
         ("backbones", BACKBONES),
         ("heads", HEADS),
         ("losses", LOSSES),
+        ("adapters", ADAPTERS),
     )
     for kind, member in members.items()
 }

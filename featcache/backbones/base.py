@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones.prompt_tower import PromptTower
+from featcache.backbones.trainable import TrainableTowers
 from featcache.config import Config
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Multimodal, Precision, PreprocessIdentity
@@ -254,6 +255,21 @@ class Backbone(ABC):
         """
         self.spec.require_tail(num_blocks)
         raise NotImplementedError(f"{type(self).__name__} says can_finish and has no tail")
+
+    @abstractmethod
+    def move(self, device: str | torch.device, precision: Precision) -> None:
+        """Puts the towers elsewhere, or into another arithmetic, in place."""
+
+    def trainable(self) -> TrainableTowers:
+        """The same towers, opened for gradients; they share the weights, which must be float32.
+
+        Raises:
+            BackboneError: if this kind cannot be trained here.
+        """
+        raise BackboneError(
+            f"{self.spec.identity.name}: backbones of kind {self.spec.identity.kind} cannot be "
+            "trained; take open_clip, timm or blip"
+        )
 
     def finish_from(self, tokens: Tensor, num_blocks: int) -> Tensor:
         """(B, P) float32 features on `device` from cached `before_last:num_blocks` tokens.

@@ -170,8 +170,6 @@ class Blip(Backbone):
             max_text_tokens: length of every text.
             first_token: id put in place of a text's first token in the joint encoder; None = none.
         """
-        self.device = device
-        self.precision = precision
         self.tokenizer = tokenizer
         self.max_text_tokens = max_text_tokens
         self._processor = processor
@@ -194,9 +192,15 @@ class Blip(Backbone):
             joint=(max_text_tokens, int(text.hidden_size)),
         )
         fuse_attention(model.vision_model)
+        self.model = model
+        self.move(device, precision)
+
+    def move(self, device: str | torch.device, precision: Precision) -> None:
+        """Puts the towers elsewhere; see `Backbone.move`."""
+        self.device, self.precision = torch.device(device), precision
         # torch computes a layer norm's statistics in float32, whatever the type of its input.
-        self.model = model.to(device=device, dtype=DTYPES[precision])
-        self._prepare = PixelInput(pixels, device, precision)
+        self.model = self.model.to(device=self.device, dtype=DTYPES[precision])
+        self._prepare = PixelInput(self.spec.pixels, self.device, precision)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None

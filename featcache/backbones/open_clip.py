@@ -27,7 +27,8 @@ from featcache.backbones.base import (
     PixelSpec,
 )
 from featcache.backbones.prompt_tower import ClipPromptTower, PromptTower
-from featcache.backbones.towers import open_tower, pair, run_tower
+from featcache.backbones.towers import Tower, open_tower, pair, run_tower
+from featcache.backbones.trainable import Block, Site, TowerName, TrainableTowers
 from featcache.backbones.weights import (
     LOAD_ERRORS,
     cast,
@@ -210,8 +211,6 @@ class OpenClip(Backbone):
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.device = device
-        self.precision = precision
         self.tokenizer = tokenizer
         self._tower = open_tower(model.visual)
         pixels = _pixel_spec(model)
@@ -228,8 +227,18 @@ class OpenClip(Backbone):
             num_prefix_tokens=self._tower.num_prefix_tokens,
             can_finish=self._tower.can_finish,
         )
-        self.model = cast(model.to(device), DTYPES[precision])
-        self._prepare = PixelInput(pixels, device, precision)
+        self.model = model
+        self.move(device, precision)
+
+    def move(self, device: str | torch.device, precision: Precision) -> None:
+        """Puts the towers elsewhere; see `Backbone.move`."""
+        self.device, self.precision = torch.device(device), precision
+        self.model = cast(self.model.to(self.device), DTYPES[precision])
+        self._prepare = PixelInput(self.spec.pixels, self.device, precision)
+
+    def trainable(self) -> TrainableTowers:
+        """The towers opened for gradients; see `Backbone.trainable`."""
+        return _TrainableClip(self, self._tower)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None
@@ -268,6 +277,81 @@ class OpenClip(Backbone):
             PreprocessCfg(**values), is_train=False
         )
         return transform
+
+
+class _TrainableClip(TrainableTowers):
+    """CLIP's towers with gradients."""
+
+    def __init__(self, backbone: OpenClip, tower: Tower) -> None:
+        super().__init__()
+        model: Any = backbone.model
+        self.model = model
+        self.name = backbone.spec.identity.name
+        self.feature_dim = backbone.spec.projected_dim
+        self._tower, self._tokenizer = tower, backbone.tokenizer
+        self._prepare = backbone._prepare
+        self.blocks = {
+            "image": clip_blocks(self.model, "visual.transformer.resblocks"),
+            "text": clip_blocks(
+                self.model,
+                "transformer.resblocks"
+                if hasattr(self.model, "transformer")
+                else "text.transformer.resblocks",
+            ),
+        }
+        if self.blocks["image"]:
+            self.prompt_entry = "visual.ln_pre"
+            self.num_prefix_tokens = tower.num_prefix_tokens
+            self.width = int(model.visual.conv1.out_channels)
+            self.patch_size = int(model.visual.patch_size[0])
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(B, P) image features; see `TrainableTowers.encode_image`."""
+        return self._tower(self._prepare(pixels), FeatureRequest())["projected"]
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids; see `TrainableTowers.tokenize`."""
+        return self._tokenizer(list(texts))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(n, P) text features; see `TrainableTowers.encode_text`."""
+        encode: Any = self.model.encode_text
+        features: Tensor = encode(tokens, normalize=False)
+        return features
+
+    def tower_of(self, name: str) -> TowerName | None:
+        """The tower of a weight; the logit scale and bias belong to both."""
+        if name.startswith("visual."):
+            return "image"
+        return None if name in ("logit_scale", "logit_bias") else "text"
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """Last blocks, sharing weights; see `Backbone.tail`."""
+        return self._tower.tail(num_blocks)
+
+
+def clip_blocks(model: nn.Module, prefix: str) -> list[Block]:
+    """The blocks of one of open_clip's own transformers; none if it is of another kind."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    try:
+        modules = model.get_submodule(prefix)
+    except AttributeError:
+        return []
+    blocks = []
+    for index, module in enumerate(modules.children()):
+        if not isinstance(module, ResidualAttentionBlock):
+            return []
+        name, width = f"{prefix}.{index}", int(module.attn.embed_dim)
+        sites = {
+            letter: Site(f"{name}.attn.in_proj_weight", (part * width, (part + 1) * width))
+            for part, letter in enumerate("qkv")
+        }
+        sites["out"] = Site(f"{name}.attn.out_proj.weight")
+        sites["fc1"] = Site(f"{name}.mlp.c_fc.weight")
+        sites["fc2"] = Site(f"{name}.mlp.c_proj.weight")
+        blocks.append(Block(name, sites))
+    return blocks
 
 
 def _published_pixels(name: str) -> dict[str, Any]:

@@ -185,8 +185,6 @@ class Timm(Backbone):
             device: where it runs.
             precision: arithmetic of weights and activations.
         """
-        self.device = torch.device(device)
-        self.precision = precision
         self._tower = _tower(model, pixels.size)
         self.spec = BackboneSpec(
             identity=identity,
@@ -201,8 +199,14 @@ class Timm(Backbone):
             num_prefix_tokens=self._tower.num_prefix_tokens,
             can_finish=self._tower.can_finish,
         )
-        self.model = cast(model.to(self.device), DTYPES[precision])
-        self._prepare = PixelInput(pixels, self.device, precision)
+        self.model = model
+        self.move(device, precision)
+
+    def move(self, device: str | torch.device, precision: Precision) -> None:
+        """Puts the model elsewhere; see `Backbone.move`."""
+        self.device, self.precision = torch.device(device), precision
+        self.model = cast(self.model.to(self.device), DTYPES[precision])
+        self._prepare = PixelInput(self.spec.pixels, self.device, precision)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None

@@ -299,7 +299,7 @@ class _TrainableClip(TrainableTowers):
                 else "text.transformer.resblocks",
             ),
         }
-        if self.blocks["image"]:
+        if self.blocks["image"] and tower.can_finish:  # sequences of (B, L, W)
             self.prompt_entry = "visual.ln_pre"
             self.num_prefix_tokens = tower.num_prefix_tokens
             self.width = int(model.visual.conv1.out_channels)

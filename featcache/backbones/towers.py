@@ -1,5 +1,6 @@
 """Image towers of open_clip: which features each kind offers, all from one pass."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -184,9 +185,11 @@ def run_tower(
         features = tower(prepare(pixels), request)
         if "tokens" in features:
             assert tower.token_grid is not None
-            features["tokens"] = pool_tokens(
-                features["tokens"], tower.token_grid, request.token_pool
-            )
+            tokens = features["tokens"]
+            if not request.before_last:
+                # Patches come last; prompts that an adapter put in front of them are none.
+                tokens = tokens[:, -math.prod(tower.token_grid) :]
+            features["tokens"] = pool_tokens(tokens, tower.token_grid, request.token_pool)
         features = {name: value.to(torch.float32) for name, value in features.items()}
     return {name: value.clone() for name, value in features.items()}
 

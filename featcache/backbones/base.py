@@ -168,12 +168,13 @@ class BackboneSpec:
         if not self.can_finish:
             raise BackboneError(
                 f"{name} is no plain vision transformer, its last blocks cannot be run on their "
-                "own; features.tokens before_last needs one, take all or grid:K"
+                "own; features.tokens before_last needs one, take all or grid:K; so does adapter "
+                "last_blocks, take lora or full"
             )
         if not 1 <= num_blocks <= self.num_layers:
             raise BackboneError(
-                f"features.tokens before_last:{num_blocks} does not exist in {name}; expected "
-                f"before_last:1 to before_last:{self.num_layers}"
+                f"before_last:{num_blocks} does not exist in {name}; expected before_last:1 to "
+                f"before_last:{self.num_layers}"
             )
 
 

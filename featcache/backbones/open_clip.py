@@ -289,6 +289,7 @@ class _TrainableClip(TrainableTowers):
         self.name = backbone.spec.identity.name
         self.feature_dim = backbone.spec.projected_dim
         self._tower, self._tokenizer = tower, backbone.tokenizer
+        self._spec = backbone.spec
         self._prepare = backbone._prepare
         self.blocks = {
             "image": clip_blocks(self.model, "visual.transformer.resblocks"),
@@ -327,6 +328,7 @@ class _TrainableClip(TrainableTowers):
 
     def tail(self, num_blocks: int) -> nn.Module:
         """Last blocks, sharing weights; see `Backbone.tail`."""
+        self._spec.require_tail(num_blocks)
         return self._tower.tail(num_blocks)
 
 

@@ -1,10 +1,6 @@
 """Several processes train as one: gloo on the CPU."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,36 +21,10 @@ from heads.models.mop import MopConfig
 from heads.optim import OptimConfig
 from heads.train import TrainConfig
 
+from ..together import run_together
+
 CacheMaker = Callable[..., Path]
 CPU = torch.device("cpu")
-
-
-def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
-    """Output, errors and exit status of each process, started with what torchrun tells them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Two processes with a thread for each core would fight over them.
-    shared |= {"OMP_NUM_THREADS": "1"}
-    if "lo" in {name for _, name in socket.if_nameindex()}:
-        # Else gloo looks this machine's name up, which not every container knows.
-        shared |= {"GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(size)
-    ]
-    try:
-        return [(*process.communicate(timeout=200), process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def history(run: Path) -> list[dict[str, Any]]:

@@ -71,6 +71,12 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a close-up of a {common_name}.",
         "a picture of a {common_name} with other things around it.",
     ),
+    "flowers": (
+        "A photo of {name}.",
+        "A photo of the flower {name}.",
+        "A botanical photo of {name}.",
+        "An example of the flower type {name}.",
+    ),
     "digits": (
         "a scan of the handwritten digit {name}.",
         "a handwritten {numeral}.",

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ from torch import Tensor
 from featcache.datasets import splitting
 from featcache.datasets.shots import ranks
 from featcache.errors import CacheError, ConfigError
-from featcache.reader import Cache
+from featcache.manifest import Task
+from featcache.storage import Where
 
 IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -25,6 +26,39 @@ _EXACT_ROWS = 1 << 16
 """Rows counted at a time, below the 2^24 up to which float32 counts exactly."""
 
 logger = logging.getLogger(__name__)
+
+
+class LabelledRows(Protocol):
+    """What rows are chosen from: a cache, or a dataset whose images are read."""
+
+    @property
+    def path(self) -> Where:
+        """Where it lies, for messages."""
+
+    @property
+    def task(self) -> Task:
+        """How the labels are to be read."""
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits in storage order."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The N row ids."""
+
+    def rows(self, split: str) -> IntArray:
+        """Row numbers of a split that can be read, ascending; ConfigError if there is none such."""
+
+    def labels(self, rows: IntArray) -> IntArray:
+        """(n,) class index of each row, -1 = unlabelled."""
+
+    def multi_hot(self, rows: IntArray) -> npt.NDArray[np.uint8]:
+        """(n, C): 1 where a row has the class."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +100,7 @@ class Parts:
     test: Part | None
 
 
-def require_labels(cache: Cache) -> None:
+def require_labels(cache: LabelledRows) -> None:
     """Checks that there is something to learn.
 
     Raises:
@@ -79,7 +113,7 @@ def require_labels(cache: Cache) -> None:
         )
 
 
-def labelled_part(cache: Cache, split: str, readable: Mask | None = None) -> Part:
+def labelled_part(cache: LabelledRows, split: str, readable: Mask | None = None) -> Part:
     """The valid labelled rows of a split; a single-label row without a label is left out.
 
     Args:
@@ -108,7 +142,7 @@ def has_labels(part: Part) -> bool:
 
 
 def choose_parts(
-    cache: Cache,
+    cache: LabelledRows,
     *,
     train_split: str,
     val_split: str | None,
@@ -245,7 +279,7 @@ def cooccurrence(part: Part, num_classes: int) -> IntArray:
     return total
 
 
-def _require_rows(part: Part, cache: Cache) -> None:
+def _require_rows(part: Part, cache: LabelledRows) -> None:
     if not has_labels(part):
         if part.without_caption:
             raise CacheError(

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -36,8 +36,9 @@ from featcache.errors import CacheMismatchError, UserError
 from featcache.growing.changes import since
 from featcache.identity import Identity, differences
 from featcache.joined_cache import JoinedCache
-from featcache.manifest import class_hash
+from featcache.manifest import Task, class_hash
 from featcache.reader import Cache
+from featcache.storage import Where
 from heads.base import FeatureSpec, Head, HeadConfig
 from heads.models import HEADS
 
@@ -53,6 +54,38 @@ _MEANING = {
 }
 """Fields of the kept features that decide what an array's numbers mean, by a part of its name."""
 _REPORTED = ("torch", "numpy", "safetensors", "open_clip_torch", "featcache")
+
+
+class FeatureSource(Protocol):
+    """What a head was trained on: a cache, or images that were encoded while it was trained."""
+
+    @property
+    def path(self) -> Where:
+        """Where it lies."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over `identity`."""
+
+    @property
+    def identity(self) -> Identity:
+        """What the features are."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Options of backbone and dataset, logit_scale, pixels, root."""
+
+    @property
+    def task(self) -> Task:
+        """How the labels are to be read."""
+
+    @property
+    def class_hash(self) -> str:
+        """Hash over the class names."""
+
+    @property
+    def classes(self) -> pd.DataFrame:
+        """Class table, C rows in index order."""
 
 
 class RunError(UserError, RuntimeError):
@@ -355,7 +388,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _REPORTED}
 
 
-def describe_head(cache: Cache, config: HeadConfig, spec: FeatureSpec) -> dict[str, Any]:
+def describe_head(cache: FeatureSource, config: HeadConfig, spec: FeatureSpec) -> dict[str, Any]:
     """`head.json`: all that is needed to use the head when the cache is gone."""
     attributes = cache.attributes
 
@@ -387,7 +420,7 @@ def describe_head(cache: Cache, config: HeadConfig, spec: FeatureSpec) -> dict[s
     }
 
 
-def template_list(cache: Cache, config: HeadConfig) -> list[str]:
+def template_list(cache: FeatureSource, config: HeadConfig) -> list[str]:
     """The prompt templates that a head starts from, for this cache's classes."""
     if not config.wants_prompts():
         return []

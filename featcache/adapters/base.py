@@ -6,7 +6,7 @@ Adding one is one new file in this folder: subclass `AdapterConfig` and `Adapter
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,11 @@ class AdapterConfig(Config):
     kind: str
     """Adapter kind."""
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether text features change in training; an option `towers` says so where there is."""
+        return getattr(self, "towers", "image") != "image"
+
     @abstractmethod
     def attach(self, towers: TrainableTowers) -> Adapter:
         """A fresh adapter on the towers; random numbers come from torch's global generator.
@@ -110,6 +115,20 @@ class ReplacedWeights(Adapter):
         for name, parameter in towers.model.named_parameters():
             if name in names:
                 parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Self:
+        """Modules whose weights are all trained go over to training; the others stay as they are.
+
+        Batch norms of frozen weights keep their statistics, and dropout there stays off.
+        """
+        super().train(mode)
+        model, names = self.towers.model, set(self._names)
+        model.eval()
+        for prefix, module in model.named_modules() if mode else ():
+            own = [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+            if own and names.issuperset(own):
+                module.train()
+        return self
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by their names in the model."""

@@ -38,7 +38,7 @@ from heads.losses.stacked import stacked_loss
 
 logger = logging.getLogger(__name__)
 
-Scaling = Literal["standard", "l2", "none"]
+Scaling = Literal["standard", "l2", "unit", "none"]
 
 LRS = (1e-2, 3e-2, 3e-3, 1e-1)
 """Learning rates of the default grid, the likeliest first."""
@@ -63,7 +63,7 @@ class LinearConfig(HeadConfig):
     ones before it; multimodal = the joint encoder's of each image and its first caption (blip)."""
     scaling: Scaling = "standard"
     """standard = each column to mean 0 and deviation 1 over the training rows; l2 = each row to
-    norm 1, times the root of the width; none = as stored."""
+    norm 1, times the root of the width; unit = each row to norm 1; none = as stored."""
     bias: bool = True
     """Add a per-class offset (with `cosine`: one for all classes)."""
     cosine: bool = False
@@ -338,6 +338,8 @@ class Linear(Head):
             return F.normalize(features, dim=1)
         if self.scaling == "l2":
             return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+        if self.scaling == "unit":
+            return F.normalize(features, dim=1)
         return features
 
     def forward(self, features: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""Options of fine-tuning: head, text alignment, optimiser, early stopping."""
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from featcache.config import Config
+from heads.optim import ScheduleConfig
+
+
+class ClassifierConfig(Config):
+    """The linear head on the backbone's image feature."""
+
+    scaling: Literal["unit", "l2"] = "unit"
+    """What the head reads: unit = the feature brought to norm 1; l2 = the same times the root of
+    its width, with which equal steps of the weights move the logits further. With `init_head` the
+    head's own scaling is kept."""
+    bias: bool = True
+    """Add a per-class offset."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate of the head, > 0."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled weight decay of the head's weights, 0 or more; offsets never decay."""
+
+
+class TextConfig(Config):
+    """Class names as text: the alignment loss, and the accuracy by text."""
+
+    weight: NonNegativeFloat | None = None
+    """Weight of the text-image alignment loss beside the classification loss, 0 or more; unset =
+    0.3 where the backbone reads text, otherwise 0."""
+    templates: str | list[str] | None = None
+    """Prompt templates: names of sets, or format strings over the class table's columns; unset =
+    `flowers` for flowers102, otherwise the set that suits the dataset."""
+    scale: PositiveFloat | None = None
+    """Multiplier of image-text cosines, > 0; unset = the one the backbone was trained with, or 100
+    with objective image_text. It is never trained."""
+
+
+class TuningConfig(Config):
+    """How backbone and head are trained together."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the adapter, > 0; unset = 1e-4, or 1e-5 for whole weights (full,
+    last_blocks)."""
+    weight_decay: NonNegativeFloat = 1e-2
+    """Decoupled weight decay of the adapter's matrices, 0 or more; vectors and scalars (biases,
+    norm gains) never decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments, each in [0, 1)."""
+    batch_size: PositiveInt = 32
+    """Images of an optimiser step, all processes together; the last of an epoch may be smaller."""
+    accumulate: PositiveInt = 1
+    """Pieces in which a batch is computed one after the other, 1 or more: less memory, the same
+    gradient."""
+    epochs: PositiveInt = 40
+    """Most passes over the training rows."""
+    steps: PositiveInt | None = None
+    """Optimiser steps; unset = all of `epochs`, otherwise as many epochs as it takes."""
+    schedule: ScheduleConfig = ScheduleConfig(shape="constant", warmup_steps=0)
+    """Learning-rate schedule, over all steps whether or not the training stops early."""
+    final_lr: NonNegativeFloat = 0.0
+    """Learning rate that a falling schedule ends at, 0 or more."""
+    clip_norm: PositiveFloat | None = None
+    """Largest norm of the gradient over all trained tensors, > 0; unset = not clipped."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the towers in training: fp32, or mixed with bf16, or mixed with fp16 and a
+    scaled loss; weights stay float32. auto = bf16 on a GPU, fp32 on the CPU."""
+    checkpoint_blocks: bool = False
+    """Keep no activations inside the transformer blocks and compute them again in the backward
+    pass: less memory, a quarter to a third more time, the same gradients."""
+    compile: bool = False
+    """Compile the image tower (torch.compile): a first step of minutes, then faster ones on a GPU.
+    Needs a C++ compiler."""
+
+
+class StopConfig(Config):
+    """When to stop before the last epoch."""
+
+    patience: PositiveInt | None = 3
+    """Stop after this many epochs in a row that are no better than the best so far; null = run all
+    epochs."""
+    min_delta: NonNegativeFloat = 0.02
+    """How much better than the best so far counts, 0 or more: nats of the validation loss, or
+    share of the metric."""
+    on: Literal["loss", "metric"] = "loss"
+    """What is looked at: the loss on the validation rows, or their accuracy (mAP)."""

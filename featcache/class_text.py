@@ -64,7 +64,7 @@ def class_text_features(
                 f"{backbone.precision}; open it in {cache.identity.precision}, so that class text "
                 "and images compare"
             )
-        encoded = _encode(backbone, [texts for _, texts in missing.values()])
+        encoded = encode_prompts(backbone, [texts for _, texts in missing.values()])
         features |= dict(zip(missing, encoded, strict=True))
         if cache.store.may_add_arrays():
             with contextlib.suppress(StorageDeniedError):
@@ -77,6 +77,28 @@ def class_text_features(
                     }
                     cache.store.put_array(name, features[name], kept)
     return np.stack([features[name] for name in names])
+
+
+def encode_prompts(backbone: Backbone, prompts: Sequence[Sequence[str]]) -> npt.NDArray[np.float32]:
+    """(T, C, P) features, not normalised, of T lists of C sentences; equal ones are run once.
+
+    Args:
+        backbone: with a text tower.
+        prompts: see `featcache.prompts.format_prompts`.
+
+    Raises:
+        BackboneError: if the backbone has no text tower.
+    """
+    distinct = {text: i for i, text in enumerate(dict.fromkeys(t for row in prompts for t in row))}
+    texts, parts = list(distinct), []
+    with torch.inference_mode():
+        for start in range(0, len(texts), TEXT_BATCH):
+            encoded = backbone.encode_text(texts[start : start + TEXT_BATCH])
+            parts.append(encoded.float().cpu().numpy())
+    features = np.concatenate(parts)
+    index = np.asarray([[distinct[text] for text in row] for row in prompts])
+    found: npt.NDArray[np.float32] = features[index]
+    return found
 
 
 def text_array_name(cache: Cache, texts: Sequence[str]) -> str:
@@ -156,17 +178,3 @@ def require_backbone(cache: Cache, backbone: Backbone) -> None:
             f"{cache.path}: backbone.{name} differs: the cache was written with {have!r}, the "
             f"opened backbone has {opened!r}; put the original weights back, or extract anew"
         )
-
-
-def _encode(backbone: Backbone, prompts: list[list[str]]) -> npt.NDArray[np.float32]:
-    """(T, C, P) features of T lists of C sentences; equal ones (a genus' species) are run once."""
-    distinct = {text: i for i, text in enumerate(dict.fromkeys(t for row in prompts for t in row))}
-    texts, parts = list(distinct), []
-    with torch.inference_mode():
-        for start in range(0, len(texts), TEXT_BATCH):
-            encoded = backbone.encode_text(texts[start : start + TEXT_BATCH])
-            parts.append(encoded.float().cpu().numpy())
-    features = np.concatenate(parts)
-    index = np.asarray([[distinct[text] for text in row] for row in prompts])
-    found: npt.NDArray[np.float32] = features[index]
-    return found

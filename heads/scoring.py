@@ -4,7 +4,7 @@
 their confidence intervals and a table with a line a class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -215,11 +215,44 @@ def collect(
         ConfigError: if a taxonomy level is not in the class table.
         RunError: if a score is NaN or infinite.
     """
-    logits = (finite(head(*table.slice(*span)), span) for span in table.spans(len(classes)))
-    if part.targets.ndim == 2:
-        scores = np.concatenate([batch.float().cpu().numpy() for batch in logits])
-        columns = head.scored_classes
-        return Outputs(part.targets, None, scores, None, not head.has_probabilities, columns)
+    batches = (
+        (finite(head(*table.slice(*span)), span), part.targets[slice(*span)])
+        for span in table.spans(len(classes))
+    )
+    columns = head.scored_classes
+    return gather(
+        batches,
+        classes,
+        options,
+        calibration,
+        only_rank=not head.has_probabilities,
+        columns=columns,
+    )
+
+
+def gather(
+    batches: Iterable[tuple[Tensor, npt.NDArray[Any]]],
+    classes: pd.DataFrame,
+    options: MetricsConfig,
+    calibration: Calibration | None = None,
+    *,
+    only_rank: bool = False,
+    columns: Sequence[int] | None = None,
+) -> Outputs:
+    """What metrics need of logits, batch by batch; see `collect`.
+
+    Args:
+        batches: at least one: (b, C) finite logits, and the (b,) int64 or (b, C) uint8 targets of
+            these rows.
+        classes: class table, C rows.
+        options: see `MetricsConfig`.
+        calibration: see `collect`.
+        only_rank: see `Outputs`.
+        columns: likewise.
+
+    Raises:
+        ConfigError: if a taxonomy level is not in the class table.
+    """
     try:
         taxonomy = Taxonomy.from_classes(classes, options.levels)
     except KeyError as error:
@@ -227,14 +260,19 @@ def collect(
             f"metrics.levels: no column {error.args[0]!r} in the class table; "
             f"it has {', '.join(map(str, classes.columns))}"
         ) from None
-    targets = torch.from_numpy(part.targets).to(table.device)
     temperature = 1.0 if calibration is None else calibration.temperature
-    scored, start = [], 0
-    for batch in logits:
-        own = targets[start : start + len(batch)]
-        scored.append(metrics.score_rows(batch, own, taxonomy, temperature))
-        start += len(batch)
-    return Outputs(part.targets, RowScores.concatenate(scored), None, taxonomy)
+    targets, rows, scores = [], [], []
+    for logits, own in batches:
+        targets.append(own)
+        if own.ndim == 2:
+            scores.append(logits.float().cpu().numpy())
+            continue
+        labels = torch.from_numpy(own).to(logits.device)
+        rows.append(metrics.score_rows(logits, labels, taxonomy, temperature))
+    known = np.concatenate(targets)
+    if scores:
+        return Outputs(known, None, np.concatenate(scores), None, only_rank, columns)
+    return Outputs(known, RowScores.concatenate(rows), None, taxonomy)
 
 
 def summarise(

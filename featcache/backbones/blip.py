@@ -25,6 +25,7 @@ from featcache.backbones.base import (
     PixelInput,
     PixelSpec,
 )
+from featcache.backbones.blocks import bert_blocks, blip_image_blocks
 from featcache.backbones.hugging_face import (
     find_source,
     fuse_attention,
@@ -36,6 +37,7 @@ from featcache.backbones.hugging_face import (
 from featcache.backbones.prompt_tower import BertPromptTower, PromptTower
 from featcache.backbones.tails import kept_input
 from featcache.backbones.towers import layer_index, pool_tokens
+from featcache.backbones.trainable import TowerName, TrainableTowers
 from featcache.backbones.weights import weights_hash
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Precision, fingerprint, hash_strings
@@ -225,6 +227,10 @@ class Blip(Backbone):
                 for name, value in features.items()
             }
 
+    def trainable(self) -> TrainableTowers:
+        """The two contrastive towers opened for gradients; see `Backbone.trainable`."""
+        return _TrainableBlip(self)
+
     def tail(self, num_blocks: int) -> nn.Module:
         """Last blocks as a module; see `Backbone.tail`."""
         self.spec.require_tail(num_blocks)
@@ -243,12 +249,7 @@ class Blip(Backbone):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(n, P) float32 text features on `device`; see `Backbone.encode_text`."""
         with torch.inference_mode():
-            ids, mask = self.tokenize(texts)
-            # Padding is masked, so columns that hold nothing else need not be computed.
-            longest = int(mask.sum(1).max()) if len(mask) else 1
-            ids, mask = ids[:, :longest].to(self.device), mask[:, :longest].to(self.device)
-            encoded = self.model.text_encoder(input_ids=ids, attention_mask=mask)
-            features = _float32(self.model.text_proj(encoded.last_hidden_state[:, 0]))
+            features = _float32(self._read(*self.tokenize(texts)))
         return features.clone()  # outside: an ordinary tensor, which autograd accepts
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -273,6 +274,15 @@ class Blip(Backbone):
             return values[0]
 
         return transform
+
+    def _read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(n, P) projected texts of (n, T) token ids and their mask."""
+        # Padding is masked, so columns that hold nothing else need not be computed.
+        longest = int(mask.sum(1).max()) if len(mask) else 1
+        ids, mask = ids[:, :longest].to(self.device), mask[:, :longest].to(self.device)
+        states = self.model.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        features: Tensor = self.model.text_proj(states[:, 0])
+        return features
 
     def _look(self, x: Tensor, request: FeatureRequest) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 1 + L, W) states behind the last norm, and the tokens asked for."""
@@ -314,6 +324,51 @@ class Blip(Backbone):
         if request.itm:
             features["itm"] = self.model.itm_head(joint[:, 0])
         return features
+
+
+class _TrainableBlip(TrainableTowers):
+    """BLIP's two contrastive towers with gradients; the joint encoder is not among them."""
+
+    def __init__(self, backbone: Blip) -> None:
+        super().__init__()
+        model: Any = backbone.model
+        self.model = model
+        self.name = backbone.spec.identity.name
+        self.feature_dim = backbone.spec.projected_dim
+        self._backbone = backbone
+        self.blocks = {
+            "image": blip_image_blocks(model.vision_model, "vision_model"),
+            "text": bert_blocks(model.text_encoder, "text_encoder"),
+        }
+        self.width = int(model.config.vision_config.hidden_size)
+        self.patch_size = int(model.config.vision_config.patch_size)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(B, P) image features; see `TrainableTowers.encode_image`."""
+        states = self._backbone._look(self._backbone._prepare(pixels), FeatureRequest())[0]
+        project: Any = self.model.vision_proj
+        features: Tensor = project(states[:, 0])
+        return features
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, padded; see `TrainableTowers.tokenize`."""
+        return self._backbone.tokenize(texts)[0]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(n, P) text features; see `TrainableTowers.encode_text`."""
+        padding: int = self._backbone.tokenizer.pad_token_id
+        return self._backbone._read(tokens, (tokens != padding).long())
+
+    def tower_of(self, name: str) -> TowerName | None:
+        """The tower of a weight; cross-attention and matching head belong to both."""
+        if name.startswith(("itm_head.", "text_encoder.")):
+            alone = "crossattention" not in name and not name.startswith("itm_head.")
+            return "text" if alone else None
+        return "image" if name.startswith("vision_") else "text"
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """Last blocks, sharing weights; see `Backbone.tail`."""
+        return self._backbone.tail(num_blocks)
 
 
 class BlipTail(nn.Module):

@@ -26,9 +26,10 @@ from featcache.backbones.base import (
     PixelInput,
     PixelSpec,
 )
+from featcache.backbones.blocks import clip_blocks, pool_blocks, set_timm_entry, timm_blocks
 from featcache.backbones.prompt_tower import ClipPromptTower, PromptTower
-from featcache.backbones.towers import Tower, open_tower, pair, run_tower
-from featcache.backbones.trainable import Block, Site, TowerName, TrainableTowers
+from featcache.backbones.towers import TimmTrunk, Tower, open_tower, pair, run_tower
+from featcache.backbones.trainable import TowerName, TrainableTowers
 from featcache.backbones.weights import (
     LOAD_ERRORS,
     cast,
@@ -292,19 +293,23 @@ class _TrainableClip(TrainableTowers):
         self._spec = backbone.spec
         self._prepare = backbone._prepare
         self.blocks = {
-            "image": clip_blocks(self.model, "visual.transformer.resblocks"),
+            "image": clip_blocks(model, "visual.transformer.resblocks")
+            or pool_blocks(model, "visual.attnpool")
+            or (timm_blocks(model, "visual.trunk") if hasattr(model.visual, "trunk") else []),
             "text": clip_blocks(
-                self.model,
+                model,
                 "transformer.resblocks"
-                if hasattr(self.model, "transformer")
+                if hasattr(model, "transformer")
                 else "text.transformer.resblocks",
             ),
         }
-        if self.blocks["image"] and tower.can_finish:  # sequences of (B, L, W)
+        if hasattr(model.visual, "ln_pre") and tower.can_finish:  # sequences of (B, L, W)
             self.prompt_entry = "visual.ln_pre"
             self.num_prefix_tokens = tower.num_prefix_tokens
             self.width = int(model.visual.conv1.out_channels)
             self.patch_size = int(model.visual.patch_size[0])
+        elif isinstance(tower, TimmTrunk) and tower.can_finish:
+            set_timm_entry(self, tower.trunk, "visual.trunk.")
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(B, P) image features; see `TrainableTowers.encode_image`."""
@@ -330,30 +335,6 @@ class _TrainableClip(TrainableTowers):
         """Last blocks, sharing weights; see `Backbone.tail`."""
         self._spec.require_tail(num_blocks)
         return self._tower.tail(num_blocks)
-
-
-def clip_blocks(model: nn.Module, prefix: str) -> list[Block]:
-    """The blocks of one of open_clip's own transformers; none if it is of another kind."""
-    from open_clip.transformer import ResidualAttentionBlock
-
-    try:
-        modules = model.get_submodule(prefix)
-    except AttributeError:
-        return []
-    blocks = []
-    for index, module in enumerate(modules.children()):
-        if not isinstance(module, ResidualAttentionBlock):
-            return []
-        name, width = f"{prefix}.{index}", int(module.attn.embed_dim)
-        sites = {
-            letter: Site(f"{name}.attn.in_proj_weight", (part * width, (part + 1) * width))
-            for part, letter in enumerate("qkv")
-        }
-        sites["out"] = Site(f"{name}.attn.out_proj.weight")
-        sites["fc1"] = Site(f"{name}.mlp.c_fc.weight")
-        sites["fc2"] = Site(f"{name}.mlp.c_proj.weight")
-        blocks.append(Block(name, sites))
-    return blocks
 
 
 def _published_pixels(name: str) -> dict[str, Any]:

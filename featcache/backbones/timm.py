@@ -25,8 +25,10 @@ from featcache.backbones.base import (
     PixelInput,
     PixelSpec,
 )
+from featcache.backbones.blocks import set_timm_entry, timm_blocks
 from featcache.backbones.tails import TimmTail
 from featcache.backbones.towers import TimmTrunk, layer_index, run_tower
+from featcache.backbones.trainable import TowerName, TrainableTowers
 from featcache.backbones.weights import LOAD_ERRORS, cast, random_seed, short_reason, weights_hash
 from featcache.errors import BackboneError
 from featcache.identity import BackboneIdentity, Precision, fingerprint
@@ -219,6 +221,10 @@ class Timm(Backbone):
         self.spec.require(request)
         return run_tower(self._tower, self._prepare, pixels, request)
 
+    def trainable(self) -> TrainableTowers:
+        """The model opened for gradients; see `Backbone.trainable`."""
+        return _TrainableTimm(self, self._tower)
+
     def tail(self, num_blocks: int) -> nn.Module:
         """Last blocks as a module that returns pooled features; see `Backbone.tail`."""
         self.spec.require_tail(num_blocks)
@@ -230,10 +236,7 @@ class Timm(Backbone):
         Raises:
             BackboneError: always.
         """
-        raise BackboneError(
-            f"{self.spec.identity.name} is a timm model and reads no text; choose a head that "
-            "needs no class names (linear), or a backbone with a text tower (open_clip)"
-        )
+        raise _no_text(self.spec.identity.name)
 
     def reference_transform(self) -> Callable[[Any], Tensor]:
         """Timm's own evaluation transform, behind the conversion to RGB that its readers do."""
@@ -293,6 +296,48 @@ class _Tower(TimmTrunk):
             features["tokens"] = tokens[0]
         features["pooled"] = self.trunk.forward_head(last, pre_logits=True)
         return features
+
+
+class _TrainableTimm(TrainableTowers):
+    """A timm model with gradients: pooled features, no text."""
+
+    def __init__(self, backbone: Timm, tower: _Tower) -> None:
+        super().__init__()
+        self.model = backbone.model
+        self.name = backbone.spec.identity.name
+        self.feature_dim = backbone.spec.pooled_dim
+        self._tower, self._backbone = tower, backbone
+        self.blocks = {"image": timm_blocks(self.model), "text": []}
+        if tower.can_finish:
+            set_timm_entry(self, tower.trunk, "")
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(B, D) pooled features; see `TrainableTowers.encode_image`."""
+        request = FeatureRequest(projected=False, pooled=True)
+        return self._tower(self._backbone._prepare(pixels), request)["pooled"]
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Refuses: there is no text tower; see `TrainableTowers.tokenize`."""
+        raise _no_text(self.name)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Refuses: there is no text tower; see `TrainableTowers.encode_text`."""
+        raise _no_text(self.name)
+
+    def tower_of(self, name: str) -> TowerName:
+        """Always the image tower: there is no other."""
+        return "image"
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """Last blocks, sharing weights; see `Backbone.tail`."""
+        return self._backbone.tail(num_blocks)
+
+
+def _no_text(name: str) -> BackboneError:
+    return BackboneError(
+        f"{name} is a timm model and reads no text; choose a head that needs no class names "
+        "(linear), or a backbone with a text tower (open_clip)"
+    )
 
 
 def _tower(model: Any, size: tuple[int, int]) -> _Tower:

@@ -43,6 +43,9 @@ decompression bomb."""
 
 T = TypeVar("T")
 
+Box = tuple[int, int, int, int]
+"""Part of an image: top, left, height, width in pixels."""
+
 # What Pillow's decoders raise for damaged files, over all formats.
 _PIL_ERRORS = (
     OSError,
@@ -81,9 +84,13 @@ class Views:
 class _Plan:
     """Source box (top, left, height, width), size after the resize; crop or padding follow."""
 
-    box: tuple[int, int, int, int] | None
+    box: Box | None
     resized: tuple[int, int]
     flip: bool = False
+
+
+_Planner = Callable[[int, int], list[_Plan]]
+"""The plans for an image of this height and width."""
 
 
 def load_pixels(
@@ -119,14 +126,53 @@ def load_pixels(
         image = _pil_image(data)
         work = partial(_reference_views, image, spec, transform, views, row_id)
         return _pil_guarded(work)
+    return _planned_views(data, spec, mode, lambda h, w: _plans(h, w, spec, views, row_id))
+
+
+def load_view(
+    data: bytes,
+    spec: PixelSpec,
+    mode: Literal["fast", "scaled"],
+    draw: Callable[[int, int], tuple[Box | None, bool]],
+) -> Tensor:
+    """One view of an image whose crop the caller draws, once its size is known.
+
+    Args:
+        data: the file's bytes.
+        spec: what the tower expects.
+        mode: see the module's text.
+        draw: height and width in pixels to a box that is resized to `spec.size` as it is (None:
+            the plain view of `load_pixels`), and whether the result is mirrored. May be asked
+            twice, and must answer the same.
+
+    Returns:
+        (3, H, W) uint8 in 0..255.
+
+    Raises:
+        ValueError: the reason why the file cannot be read, in a few words.
+    """
+
+    def plans(height: int, width: int) -> list[_Plan]:
+        box, flip = draw(height, width)
+        resized = spec.size if box is not None else resized_size(height, width, spec)
+        _check_size(*resized)
+        return [_Plan(box, resized, flip)]
+
+    return _planned_views(data, spec, mode, plans)[0]
+
+
+def _planned_views(data: bytes, spec: PixelSpec, mode: PixelMode, plans_of: _Planner) -> Tensor:
+    """(V, 3, H, W) uint8, one view per plan."""
+    if not data:
+        raise ValueError("empty file")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
-        return _pil_views(data, spec, views, row_id)
+        return _pil_views(data, spec, plans_of)
     if colorspace in ("CMYK", "YCCK"):  # libjpeg-turbo turns them into RGB by another formula
-        return _pil_views(data, spec, views, row_id)
+        return _pil_views(data, spec, plans_of)
     _check_size(height, width)
-    plans = _plans(height, width, spec, views, row_id)
+    plans = plans_of(height, width)
     decoded: dict[int, Tensor] = {}
     try:
         for plan in plans:
@@ -134,7 +180,7 @@ def load_pixels(
             if factor not in decoded:
                 decoded[factor] = _decode_jpeg(data, height, width, factor)
     except ValueError:
-        return _pil_views(data, spec, views, row_id)
+        return _pil_views(data, spec, plans_of)
     result = np.empty((len(plans), 3, *spec.size), np.uint8)
     for view, plan in enumerate(plans):
         factor = _dct_factor(plan, height, width) if mode == "scaled" else 1
@@ -159,9 +205,7 @@ def resized_size(height: int, width: int, spec: PixelSpec) -> tuple[int, int]:
     return rows, int(rows * width / height)
 
 
-def crop_box(
-    height: int, width: int, views: Views, row_id: str, view: int
-) -> tuple[tuple[int, int, int, int], bool]:
+def crop_box(height: int, width: int, views: Views, row_id: str, view: int) -> tuple[Box, bool]:
     """The random resized crop (top, left, height, width) and flip of an augmented view.
 
     Area share uniform in [scale, 1], aspect ratio log-uniform in [3/4, 4/3], ten attempts to fit
@@ -284,7 +328,7 @@ def _pil_guarded(work: Callable[[], T]) -> T:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _pil_views(data: bytes, spec: PixelSpec, views: Views, row_id: str) -> Tensor:
+def _pil_views(data: bytes, spec: PixelSpec, plans_of: _Planner) -> Tensor:
     """The same views through Pillow's decoder; modes other than RGB through its resize as well.
 
     Most source libraries resize first and convert to RGB afterwards, which matters for palettes
@@ -294,7 +338,7 @@ def _pil_views(data: bytes, spec: PixelSpec, views: Views, row_id: str) -> Tenso
     image = _pil_image(data)
 
     def work() -> Tensor:
-        plans = _plans(image.height, image.width, spec, views, row_id)
+        plans = plans_of(image.height, image.width)
         if image.mode == "RGB" or spec.convert_first:
             pixels = torch.from_numpy(np.array(_rgb(image, spec))).permute(2, 0, 1)[None]
             views_of = [_resize_and_crop(pixels, plan, spec) for plan in plans]

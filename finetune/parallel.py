@@ -12,20 +12,21 @@ of processes. A process alone gets its module back as it is.
     towers.add_up()
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from heads.distributed import Group
+
+if TYPE_CHECKING:  # half a second, for those who shard
+    from torch.distributed.tensor import DTensor
 
 Strategy = Literal["ddp", "fsdp"]
 """ddp: each process holds all weights; fsdp: a share of them, gathered block by block when used."""
@@ -134,23 +135,30 @@ def _copied(module: nn.Module, group: Group, apart: list[nn.Parameter]) -> nn.Mo
     ids = {id(parameter) for parameter in apart}
     names = [name for name, parameter in module.named_parameters() if id(parameter) in ids]
     cast(Any, DistributedDataParallel)._set_params_and_buffers_to_ignore_for_model(module, names)
-    wrapped = DistributedDataParallel(
-        module,
-        device_ids=[group.device.index] if group.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    # Statistics stay each process's own. The option has another name in newer versions of torch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    own_buffers = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+    options: dict[str, Any] = {own_buffers: False, "gradient_as_bucket_view": True}
+    if group.device.type == "cuda":
+        options["device_ids"] = [group.device.index]
+    wrapped = DistributedDataParallel(module, **options)
     wrapped.register_comm_hook(None, _summed)
     return wrapped
 
 
-def _summed(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _summed(
+    _: Any,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
 
 def _sharded(module: nn.Module, group: Group, apart: list[nn.Parameter]) -> nn.Module:
     """FSDP2 that sums: one unit a block, and one for what is left."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     mesh = init_device_mesh(group.device.type, (group.size,))
     for unit in [*_blocks(module), module]:
         shard: FSDPModule = fully_shard(unit, mesh=mesh, ignored_params=set(apart))
@@ -197,14 +205,14 @@ def clip_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         limit: largest norm, > 0; infinity only measures.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+    if not any(is_sharded(parameter) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, limit)
     plain: list[Tensor] = []
     shards: list[Tensor] = []
     for parameter in parameters:
         grad = parameter.grad
         assert grad is not None
-        if isinstance(grad, DTensor):
+        if is_sharded(grad):
             shards.append(grad.to_local())
         else:
             plain.append(grad)
@@ -228,10 +236,16 @@ def alike_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     split: list[dict[str, Any]] = []
     for group in groups:
         parameters = list(group["params"])
-        shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-        plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        split += [{**group, "params": part} for part in (plain, shards) if part or not parameters]
+        shards = [parameter for parameter in parameters if is_sharded(parameter)]
+        plain = [parameter for parameter in parameters if not is_sharded(parameter)]
+        parts = [part for part in (plain, shards) if part] or [[]]
+        split += [{**group, "params": part} for part in parts]
     return split
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether each process holds only a share of it."""
+    return hasattr(tensor, "placements")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -239,13 +253,15 @@ def whole(tensor: Tensor) -> Tensor:
 
     Every process must call it for the same tensors in the same order.
     """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
     """Writes a whole tensor into a plain or sharded one; the other way of `whole`."""
-    if isinstance(target, DTensor):
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(
             value.to(target.device, target.dtype), target.device_mesh, target.placements
         )

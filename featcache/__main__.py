@@ -27,6 +27,7 @@ class Job(NamedTuple):
 
 JOBS: Mapping[str, Job] = {
     "extract": Job("featcache.extract", "ExtractConfig", "write, resume or update a feature cache"),
+    "finish": Job("featcache.finish", "FinishConfig", "write a cache's features from its tokens"),
     "info": Job("featcache.info", "InfoConfig", "show what a cache holds"),
     "verify": Job("featcache.verify", "VerifyConfig", "check every byte of a cache"),
     "diff": Job("featcache.diff", "DiffConfig", "compare a cache with its dataset as it is now"),

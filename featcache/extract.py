@@ -57,6 +57,9 @@ __all__ = [
     "Shard",
     "ShardReport",
     "ViewOptions",
+    "cache_plan",
+    "carry_out",
+    "identity_of",
     "plan",
     "run",
 ]
@@ -86,13 +89,13 @@ def plan(config: ExtractConfig) -> Extraction:
         began_with = {} if store is None else store.attributes
         batch_size = _batch_size(config, device, began_with)
         backbone, log = _open_backbone(config, device, manifest, store, batch_size)
-        identity = _identity(config, manifest, backbone)
+        identity = identity_of(config, manifest, backbone)
         if store is not None and (
             growth.is_wanted(store, identity, manifest.num_captions)
             or (config.recheck and store.identity == identity)
         ):
             rows = growth.shard_rows_of(store, batch_size)
-            planned = _cache_plan(config, manifest, backbone, identity, batch_size, rows)
+            planned = cache_plan(config, manifest, backbone, identity, batch_size, rows)
             return growth.begin(config, manifest, backbone, planned, batch_size, resources)
         if store is None:
             planned = _announced(config, manifest, backbone, log, identity, batch_size)
@@ -112,7 +115,19 @@ def run(config: ExtractConfig) -> ExtractReport:
     """
     if config.dry_run:
         return preview(config)
-    with plan(config) as session:
+    return carry_out(plan(config))
+
+
+def carry_out(extraction: Extraction) -> ExtractReport:
+    """Extracts what is pending and declares the cache complete, with lines that say so.
+
+    Args:
+        extraction: planned, not yet entered; it is closed at the end.
+
+    Raises:
+        UserError: see `Extraction.extract` and `Extraction.finish`.
+    """
+    with extraction as session:
         shards = session.pending()
         path, total = session.path, len(session.store.shards())
         if not shards and session.settled:
@@ -159,7 +174,7 @@ def preview(config: ExtractConfig) -> ExtractReport:
     store = Store.open(config.cache) if cache_exists(config.cache) and not config.restart else None
     batch_size = _batch_size(config, device, {} if store is None else store.attributes)
     backbone, log = _open_backbone(config, device, manifest, store, batch_size)
-    identity = _identity(config, manifest, backbone)
+    identity = identity_of(config, manifest, backbone)
     if store is None:
         _announced(config, manifest, backbone, log, identity, batch_size)
     elif growth.is_wanted(store, identity, manifest.num_captions):
@@ -190,7 +205,7 @@ def _announced(
     batch_size: int,
 ) -> CachePlan:
     """The plan of a new cache; prints its sizes, and what was measured on the first images."""
-    planned = _cache_plan(config, manifest, backbone, identity, batch_size)
+    planned = cache_plan(config, manifest, backbone, identity, batch_size)
     planned.attributes["precision_cosine"] = log["cosine"]
     print(f"backbone {backbone.spec.identity.name}: {log['text']}")
     print(f"writes {config.cache}: {planned.describe()}", flush=True)
@@ -326,7 +341,12 @@ def _features(config: ExtractConfig, manifest: Manifest) -> FeatureIdentity:
     )
 
 
-def _identity(config: ExtractConfig, manifest: Manifest, backbone: Backbone) -> Identity:
+def identity_of(config: ExtractConfig, manifest: Manifest, backbone: Backbone) -> Identity:
+    """What the cache of an extraction holds.
+
+    Raises:
+        BackboneError: if the backbone lacks a feature asked for.
+    """
     spec = backbone.spec
     features = _features(config, manifest)
     spec.require(request_of(features), text=features.text)
@@ -339,7 +359,7 @@ def _identity(config: ExtractConfig, manifest: Manifest, backbone: Backbone) -> 
     )
 
 
-def _cache_plan(
+def cache_plan(
     config: ExtractConfig,
     manifest: Manifest,
     backbone: Backbone,

@@ -56,7 +56,7 @@ def test_help_and_unknown_jobs(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["exctract"])
     assert ended.value.code == 2
-    assert "unknown job 'exctract'; known: extract, info" in capsys.readouterr().err
+    assert "unknown job 'exctract'; known: extract, finish, info" in capsys.readouterr().err
 
 
 def test_a_job_runs_with_its_options(written, capsys, monkeypatch):

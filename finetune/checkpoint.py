@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.parallel import laid_out, put, whole
 from heads.run_folder import RunError, read_tensors, write_tensors
 
 LAST = "last.safetensors"
@@ -69,9 +70,14 @@ class SavedState:
         with torch.no_grad():
             for group, live in targets.items():
                 for name, tensor in live.items():
-                    tensor.copy_(self.tensors[group][name])
+                    put(tensor, self.tensors[group][name])
+        parameters = [p for part in optimizer.param_groups for p in part["params"]]
+        moments_there = {
+            index: {n: laid_out(m, parameters[index]) if m.ndim else m for n, m in moments.items()}
+            for index, moments in self._moments.items()
+        }
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": self._moments, "param_groups": groups})
+        optimizer.load_state_dict({"state": moments_there, "param_groups": groups})
         if scaler is not None and self._scaler:
             scaler.load_state_dict(self._scaler)
 
@@ -98,8 +104,11 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     values: Mapping[str, Any],
     scaler: torch.amp.GradScaler | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes a state; the file holds the old one or the new one, whatever happens.
+
+    Weights that are sharded over processes are put together: then every process must call it.
 
     Args:
         path: file.
@@ -108,6 +117,7 @@ def save_state(
         optimizer: its state is kept by parameter.
         values: plain JSON values.
         scaler: of the loss, for float16.
+        writes: whether this process is the one that writes.
     """
     flat: dict[str, Tensor] = {}
     for group, named in tensors.items():
@@ -116,10 +126,13 @@ def save_state(
         flat |= {f"{group}/{name}": tensor for name, tensor in named.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         for name, moment in moments.items():
-            flat[f"{_OPTIMIZER}/{index}/{name}"] = torch.as_tensor(moment)
+            held = moment if isinstance(moment, Tensor) else torch.as_tensor(moment)
+            flat[f"{_OPTIMIZER}/{index}/{name}"] = held
     state = scaler.state_dict() if scaler is not None else {}
     # A tensor may be named in two groups: each is a copy of its own in the file.
-    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in flat.items()}
+    copies = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in flat.items()}
+    if not writes:
+        return
     write_tensors(path, copies, {"values": dict(values), "scaler": state, "groups": list(tensors)})
 
 

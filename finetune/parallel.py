@@ -256,13 +256,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-@torch.no_grad()
-def put(target: Tensor, value: Tensor) -> None:
-    """Writes a whole tensor into a plain or sharded one; the other way of `whole`."""
+def laid_out(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor held as `target` is: on its device, sharded where it is; dtype kept."""
+    value = value.to(target.device)
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(
-            value.to(target.device, target.dtype), target.device_mesh, target.placements
-        )
-    target.copy_(value)
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    return value
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Writes a whole tensor into a plain or sharded one; the other way of `whole`."""
+    target.copy_(laid_out(value, target))

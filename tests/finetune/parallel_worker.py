@@ -21,8 +21,8 @@ from pairs import (
 )
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from finetune.checkpoint import read_state, save_state
 from finetune.gradient_cache import contrastive_step
 from finetune.losses.info_nce import info_nce
 from finetune.losses.siglip import siglip
@@ -33,13 +33,11 @@ from finetune.parallel import (
     Strategy,
     alike_groups,
     clip_norm,
-    put,
+    is_sharded,
     spread,
     whole,
 )
 from heads.distributed import Group, ending_at_once, group_for
-
-Found = dict[str, Tensor]
 
 
 def own_rows(group: Group, values: Tensor) -> Tensor:
@@ -114,33 +112,40 @@ def steps(group: Group) -> Iterator[tuple[str, Tensor]]:
                     yield f"{prefix}.{name}", whole(parameter.grad).clone()
 
 
-def training(group: Group) -> Iterator[tuple[str, Tensor]]:
+def training(group: Group, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Two optimizer steps on shards, saved and taken up by fresh shards in between."""
-    kept: list[Found] = []
     for part in range(2):
         model, towers = spread_model(group, "siglip", "fsdp", seed=part)
         optimizer = torch.optim.AdamW(alike_groups(param_groups(model, 0.1)), lr=1e-2)
         if part:
-            with torch.no_grad():
-                for name, tensor in model.state_dict().items():
-                    put(tensor, kept[0][name])
+            saved = read_state(folder / "last.safetensors")
+            saved.restore({"model": model.state_dict(keep_vars=True)}, optimizer)
+            assert saved.values == {"part": 0}
+        model.zero_grad()
         one_step(group, "siglip", towers, model, 2)
         yield f"norm.{part}", clip_norm(model.parameters(), 0.1)
         yield f"clipped.{part}", clip_norm(model.parameters(), float("inf"))
         optimizer.step()
-        kept.append({n: whole(t).clone() for n, t in model.state_dict().items()})
+        save_state(
+            folder / "last.safetensors",
+            tensors={"model": model.state_dict()},
+            optimizer=optimizer,
+            values={"part": part},
+            writes=group.leads,
+        )
+        group.sum(torch.zeros(1))  # written before it is read
         parameters = list(model.parameters())
-        held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        held = [p.to_local() if is_sharded(p) else p for p in parameters]
         share = sum(p.numel() for p in held) / sum(p.numel() for p in parameters)
         yield f"share.{part}", torch.tensor(share)
-    yield from ((f"trained.{name}", tensor) for name, tensor in kept[-1].items())
+    yield from ((f"trained.{name}", whole(t)) for name, t in model.state_dict().items())
 
 
 def main(folder: Path) -> None:
     with group_for("cpu") as group:
         found = {}
-        for part in (loss_alone, steps, training):
-            found |= dict(part(group))
+        for pairs_found in (loss_alone(group), steps(group), training(group, folder)):
+            found |= dict(pairs_found)
         found = {name: tensor.detach().contiguous() for name, tensor in found.items()}
         save_file(found, folder / f"{group.rank}.safetensors")
 

@@ -77,8 +77,8 @@ def test_shards_train_and_go_on_from_a_saved_state_as_one_process(
     found: list[dict[str, Tensor]],
 ) -> None:
     model: Any = dual_encoder("siglip")
+    optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2)
     for part in range(2):
-        optimizer = torch.optim.AdamW(param_groups(model, 0.1), lr=1e-2)
         optimizer.zero_grad()
         whole_batch(model, "siglip")
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)

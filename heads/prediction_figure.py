@@ -5,12 +5,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
-from featcache.reporting.style import GRID, INK, MUTED, PALETTE, figure, short_name
+from featcache.image_bytes import read_bytes
+from featcache.reporting.style import EMPTY, GRID, INK, MUTED, PALETTE, figure, short_name
+from featcache.storage import Where
 from heads.run_folder import write_atomic
 
 IMAGES_PER_PAGE = 24
@@ -70,14 +73,14 @@ def write_figures(folder: Path, shown: Sequence[Shown], alone: bool) -> list[Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     if alone:
-        return [_write(single(shown[0]), folder / "single_img_demo.png")]
+        return [write_png(single(shown[0]), folder / "single_img_demo.png")]
     pages = [
         shown[start : start + IMAGES_PER_PAGE] for start in range(0, len(shown), IMAGES_PER_PAGE)
     ]
     files = []
     for number, page in enumerate(pages, start=1):
         name = "demo.png" if number == 1 else f"demo_{number}.png"
-        files.append(_write(grid(page), folder / name))
+        files.append(write_png(grid(page), folder / name))
     for stale in folder.glob("demo_*.png"):  # of an earlier run with more images
         ending = stale.stem.removeprefix("demo_")
         if ending.isdigit() and int(ending) > len(pages):
@@ -111,8 +114,27 @@ def _bars(axes: Axes, shown: Shown) -> None:
         spine.set_visible(False)
 
 
-def _write(made: Figure, path: Path) -> Path:
+def small_picture(root: Where, path: str, side: int = 320) -> Image.Image:
+    """An image at most `side` pixels high and wide, upright; a grey one if it cannot be shown.
+
+    Args:
+        root: folder or address that the path starts from.
+        path: see `featcache.image_bytes.read_bytes`.
+        side: pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(read_bytes(root, path))) as image:
+            image.draft("RGB", (2 * side, 2 * side))
+            plain = ImageOps.exif_transpose(image).convert("RGB")
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+        return Image.new("RGB", (side, side), EMPTY)
+    plain.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return plain
+
+
+def write_png(made: Figure, path: Path, **options: Any) -> Path:
+    """Writes a figure, whole or not at all; returns `path`. Options are those of `savefig`."""
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png")
+    made.savefig(buffer, format="png", **options)
     write_atomic(path, buffer.getvalue())
     return path

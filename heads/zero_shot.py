@@ -20,12 +20,12 @@ from featcache.backbones import AnyBackbone
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.config import Config, run_job
 from featcache.datasets import AnyDataset
-from featcache.errors import ConfigError
 from featcache.images import PixelMode
 from featcache.precision import PrecisionChoice
 from featcache.prompts import choose_zero_shot, expand
 from featcache.storage import CachePath
 from heads.scoring import MetricsConfig
+from heads.text_lines import text_lines
 
 _OWN_SETS = {"cifar10": "plain", "cifar100": "plain", "wordnet_folder": "imagenet"}
 """Sets that published zero-shot evaluations of these kinds take instead of the heads' usual one."""
@@ -135,11 +135,7 @@ class ZeroShotJobConfig(Config):
             plain = not kind and set(columns) <= {"name", "count"}
             chosen = "plain" if plain else _OWN_SETS.get(kind) or choose_zero_shot(kind, columns)
             return expand(chosen)
-        given = [self.templates] if isinstance(self.templates, str) else self.templates
-        names: list[str] = []
-        for one in given:
-            names += _lines(Path(one)) if one.endswith(".txt") else [one]
-        return expand(names)
+        return expand(text_lines(self.templates, "templates") or [])
 
 
 def run(config: ZeroShotJobConfig) -> Any:
@@ -158,18 +154,6 @@ def run(config: ZeroShotJobConfig) -> Any:
     from heads.zero_shot_evaluation import evaluate
 
     return evaluate(config)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"templates: {file}: {reason}; expected one template a line") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigError(f"templates: {file} is empty; expected one template a line")
-    return found
 
 
 if __name__ == "__main__":

@@ -1,28 +1,24 @@
 """Likeliest classes of image files by name alone: printed, tabulated and drawn."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from featcache.backbones.base import Backbone, PixelSpec
 from featcache.class_lists import class_list
 from featcache.class_text import encode_prompts, ensemble, open_cache_backbone
 from featcache.errors import DatasetError
-from featcache.image_bytes import read_bytes
 from featcache.precision import resolve_device
 from featcache.prompts import format_prompts
 from featcache.reader import open_cache
-from featcache.storage import Where
 from heads.image_text import ImageEncoder, open_image_text
 from heads.models.zero_shot import ZeroShot
 from heads.predict import find_images
-from heads.prediction_figure import Shown, write_figures
+from heads.prediction_figure import Shown, small_picture, write_figures
 from heads.predictions import Unreadable, write_unreadable
 from heads.progress import ProgressLine
 from heads.run_folder import write_atomic
@@ -31,8 +27,6 @@ from heads.zero_shot import ZeroShotJobConfig
 DISPLAY_SCALE = 35.0
 """Multiplier of the cosines where nothing else is asked for."""
 OUT = Path("demo_output")
-_SHOWN_SIDE = 320
-"""Pixels of the longer side of a drawn image."""
 
 
 @dataclass(frozen=True)
@@ -157,24 +151,6 @@ def _open(
     if not len(classes):
         raise DatasetError(f"the {kind} dataset has no classes; name them with --classes")
     return backbone, encoder, kind, classes
-
-
-def small_picture(root: Where, path: str, side: int = _SHOWN_SIDE) -> Image.Image:
-    """An image at most `side` pixels high and wide, upright, as a person wants to see it.
-
-    Args:
-        root: folder or address that the path starts from.
-        path: see `featcache.image_bytes.read_bytes`.
-        side: pixels.
-
-    Raises:
-        ValueError: if it is not there.
-    """
-    with Image.open(io.BytesIO(read_bytes(root, path))) as image:
-        image.draft("RGB", (2 * side, 2 * side))
-        plain = ImageOps.exif_transpose(image).convert("RGB")
-    plain.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return plain
 
 
 def _shown(root: Path, table: pd.DataFrame) -> list[Shown]:

@@ -7,7 +7,8 @@ the path of a JSON file with `embed_dim`, `vision_cfg` and `text_cfg`. What is s
 
 import copy
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from featcache.backbones.base import PixelSpec
 from featcache.errors import ConfigError
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+"""What open_clip starts from, if a configuration says nothing."""
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Texts to (n, context length) int64 token ids; longer texts are cut and keep their end token."""
@@ -57,8 +61,26 @@ PRESETS: dict[str, dict[str, Any]] = {
             "layers": 2,
         },
     },
+    "rn50-6": {
+        "embed_dim": 1024,
+        "vision_cfg": {
+            "image_size": 224,
+            "layers": [3, 4, 6, 3],
+            "width": 64,
+            "head_width": 64,
+            "patch_size": None,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 512,
+            "heads": 8,
+            "layers": 6,
+        },
+    },
 }
-"""Towers for 64 × 64 pixel images that learn within a minute or two on two CPU cores."""
+"""demo-rn, demo-vit: towers for 64 × 64 pixel images that learn within a minute or two on two CPU
+cores. rn50-6: CLIP's RN50 with half the layers in its text tower, 83 M parameters."""
 
 
 def model_config(
@@ -88,21 +110,50 @@ def model_config(
                 "nor a .json file"
             )
         config = found
+    check_dual_encoder(architecture, config)
     text = config["text_cfg"]
-    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
-        raise ConfigError(
-            f"architecture: {architecture} takes its text tower or tokenizer from a model hub; "
-            "pretraining knows architectures with CLIP's own tokenizer (RN50, ViT-B-32, …)"
-        )
-    if "multimodal_cfg" in config:
-        raise ConfigError(
-            f"architecture: {architecture} has a captioning decoder, which InfoNCE does not train; "
-            "choose a dual encoder (RN50, ViT-B-32, …)"
-        )
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
     if context_length is not None:
         text["context_length"] = context_length
+    vision = config["vision_cfg"]
+    if vision.get("timm_model_pretrained"):
+        vision["timm_model_pretrained"] = False  # never a silent download of other weights
+    return config
+
+
+def check_dual_encoder(name: str, config: dict[str, Any]) -> None:
+    """Checks that a configuration is of two towers with CLIP's own tokenizer.
+
+    Raises:
+        ConfigError: if not.
+    """
+    text = config["text_cfg"]
+    if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+        raise ConfigError(
+            f"architecture: {name} takes its text tower or tokenizer from a model hub; "
+            "pretraining knows architectures with CLIP's own tokenizer (RN50, ViT-B-32, …)"
+        )
+    if "multimodal_cfg" in config:
+        raise ConfigError(
+            f"architecture: {name} has a captioning decoder, which InfoNCE does not train; "
+            "choose a dual encoder (RN50, ViT-B-32, …)"
+        )
+
+
+def with_logits(config: dict[str, Any], scale: float, bias: float | None) -> dict[str, Any]:
+    """The configuration with the logit scale and bias that training starts from.
+
+    Args:
+        config: open_clip model configuration; not changed.
+        scale: natural logarithm of the scale.
+        bias: None = the model has none.
+    """
+    config = {k: v for k, v in config.items() if k not in ("init_logit_scale", "init_logit_bias")}
+    if scale != INITIAL_LOGIT_SCALE:
+        config["init_logit_scale"] = scale
+    if bias is not None:
+        config["init_logit_bias"] = bias
     return config
 
 
@@ -143,13 +194,13 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def save_local_dir(
-    folder: Path, model: nn.Module, config: dict[str, Any], pixels: PixelSpec
+    folder: Path, state: Mapping[str, Tensor], config: dict[str, Any], pixels: PixelSpec
 ) -> None:
     """Writes what `open_clip.create_model_from_pretrained("local-dir:FOLDER")` opens.
 
     Args:
         folder: existing folder.
-        model: built from `config`.
+        state: tensors by name of a model built from `config`, on any device.
         config: open_clip model configuration.
         pixels: preprocessing that the model was trained with.
     """
@@ -164,12 +215,12 @@ def save_local_dir(
     }
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
-    state = {
+    plain = {
         name: tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
     }
     # Not save_file: it leaves a file that only its owner may read, whatever the umask.
-    (folder / "open_clip_model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+    (folder / "open_clip_model.safetensors").write_bytes(save(plain, metadata={"format": "pt"}))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,17 +1,14 @@
-"""Image-caption pairs in, augmented batches out; every draw fixed by (seed, epoch, step).
+"""Image-caption pairs, their pixels, and how training pixels are varied.
 
 Pixels are kept decoded in memory when they fit a stated budget, otherwise files are decoded batch
-by batch with reader threads. Every batch has exactly `batch_size` distinct images, so the number of
-negatives of a contrastive loss never changes: what is left of an epoch is dropped, and an
-unreadable image's place is taken by the next image of the epoch.
+by batch with reader threads.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +33,9 @@ class ImagesConfig(Config):
     """Smallest share of an image's area that a random crop keeps, (0, 1]; 1 = no crops."""
     flip: bool = True
     """Mirror half of the images; switch off where left and right mean something."""
-    normalization: Literal["clip", "dataset"] = "clip"
-    """Channel mean and deviation: CLIP's own, or those of the training images."""
+    normalization: Literal["clip", "coco", "dataset"] = "clip"
+    """Channel mean and deviation: CLIP's own (or what the weights to start from were trained with),
+    those of COCO's images, or those of the training images."""
     ram_budget_gib: float = Field(default=4.0, ge=0.0)
     """Decoded pixels of a split are kept in memory up to this size, GiB; larger splits are decoded
     batch by batch."""
@@ -183,9 +181,70 @@ class ImageStore:
         pixels, readable = self._decode(which)
         return pixels[torch.from_numpy(readable)], which[readable]
 
+    def stream(
+        self,
+        plan: Iterable[npt.NDArray[np.int64]],
+        key: None = None,
+        spares: npt.NDArray[np.int64] | None = None,
+    ) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
+        """Full batches of a plan, the next one decoded in a thread while the last one is used.
+
+        Args:
+            plan: distinct rows of one batch after the other.
+            key: None.
+            spares: sorted rows of which one takes the place of an unreadable one: the next one
+                behind it that is readable and not in the batch. None = those are left out.
+
+        Raises:
+            UnreadableImagesError: if no spare is left.
+        """
+        if self.in_memory:
+            yield from (self._full(np.asarray(rows), spares) for rows in plan)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
+            coming: Future[tuple[Tensor, npt.NDArray[np.int64]]] | None = None
+            for rows in plan:
+                following = pool.submit(self._full, np.asarray(rows), spares)
+                if coming is not None:
+                    yield coming.result()
+                coming = following
+            if coming is not None:
+                yield coming.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the reader threads."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _full(
+        self, rows: npt.NDArray[np.int64], spares: npt.NDArray[np.int64] | None
+    ) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """The rows with spares in the places of unreadable ones."""
+        pixels, which = self.take(rows)
+        if len(which) == len(rows) or spares is None:
+            return pixels, which
+        chosen, used = rows.copy(), set(rows.tolist())
+        while len(which) < len(rows):
+            for place in np.flatnonzero(~np.isin(chosen, which)).tolist():
+                behind = np.roll(spares, -int(np.searchsorted(spares, chosen[place], "right")))
+                spare = next((row for row in behind.tolist() if self._may_serve(row, used)), None)
+                if spare is None:
+                    raise UnreadableImagesError(
+                        f"fewer images than the batch of {len(rows)} can be read; repair them or "
+                        "lower batch_size"
+                    )
+                used.add(spare)
+                chosen[place] = spare
+            pixels, which = self.take(chosen)
+        return pixels, which
+
+    def _may_serve(self, row: int, used: set[int]) -> bool:
+        return row not in used and self._paths[row] not in self.problems
 
     def _decode(self, which: npt.NDArray[np.int64]) -> tuple[Tensor, npt.NDArray[np.bool_]]:
         pixels = torch.zeros((len(which), 3, *self._spec.size), dtype=torch.uint8)
@@ -213,62 +272,6 @@ class ImageStore:
         return pixels, readable
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One optimiser step's input.
-
-    Attributes:
-        epoch: pass over the split, from 0.
-        pixels: (B, 3, H, W) uint8 of B distinct images, not yet augmented.
-        caption_ids: (B,) int64, one drawn caption an image, as index into `Pairs.texts`.
-    """
-
-    epoch: int
-    pixels: Tensor
-    caption_ids: npt.NDArray[np.int64]
-
-
-def batches(pairs: Pairs, images: ImageStore, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless shuffled batches of exactly `batch_size` distinct images with one caption each.
-
-    The order and the captions of an epoch depend on (seed, epoch) only.
-
-    Raises:
-        UnreadableImagesError: if fewer images than a batch can be read.
-    """
-    for epoch in itertools.count():
-        num_batches = 0
-        random = np.random.default_rng([seed, epoch])
-        order = random.permutation(len(pairs))
-        captions = draw_captions(pairs, random)
-        held_pixels: list[Tensor] = []
-        held = np.empty(0, np.int64)
-        for start in range(0, len(order), batch_size):
-            pixels, which = images.take(order[start : start + batch_size])
-            held_pixels.append(pixels)
-            held = np.concatenate([held, which])
-            if len(held) >= batch_size:
-                joined = torch.cat(held_pixels)
-                yield Batch(epoch, joined[:batch_size], captions[held[:batch_size]])
-                num_batches += 1
-                held_pixels, held = [joined[batch_size:]], held[batch_size:]
-        if num_batches == 0:
-            raise UnreadableImagesError(
-                f"only {len(held)} of {len(pairs)} images can be read, fewer than the batch of "
-                f"{batch_size}; repair them or lower batch_size"
-            )
-
-
-def ahead(stream: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, the next one being made in a thread while the last one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batch") as pool:
-        coming = pool.submit(next, stream)
-        while True:
-            batch = coming.result()
-            coming = pool.submit(next, stream)
-            yield batch
-
-
 def draw_captions(pairs: Pairs, random: np.random.Generator) -> npt.NDArray[np.int64]:
     """(n,) one caption an image, uniformly among its own, as indices into `Pairs.texts`."""
     counts = np.diff(pairs.caption_offsets)
@@ -277,34 +280,42 @@ def draw_captions(pairs: Pairs, random: np.random.Generator) -> npt.NDArray[np.i
     return ids
 
 
-def augment(
-    pixels: Tensor, size: tuple[int, int], min_area: float, flip: bool, random: np.random.Generator
-) -> Tensor:
-    """Random crops, resized bilinearly, and flips, as one sampling of the whole batch.
-
-    Crops keep the image's proportions.
+def draw_views(count: int, min_area: float, flip: bool, random: np.random.Generator) -> Tensor:
+    """(count, 2, 3) float32 random crops that keep the image's proportions, and flips.
 
     Args:
-        pixels: (B, 3, H, W) uint8 or float, any device.
-        size: height and width of the result, pixels.
+        count: number of images.
         min_area: smallest share of the area that a crop keeps, (0, 1].
         flip: whether half of the images are mirrored.
         random: draws area, place and flip of each image.
-
-    Returns:
-        (B, 3, *size) float32 in the units of `pixels`.
     """
-    count = len(pixels)
     side = np.sqrt(random.uniform(min_area, 1.0, count))
     place = random.uniform(-1.0, 1.0, (count, 2)) * (1.0 - side)[:, None]
     mirror = np.where(random.random(count) < 0.5, -1.0, 1.0) if flip else np.ones(count)
     affine = np.zeros((count, 2, 3), np.float32)
     affine[:, 0, 0], affine[:, 1, 1] = side * mirror, side
     affine[:, :, 2] = place
-    grid = F.affine_grid(
-        torch.from_numpy(affine).to(pixels.device), [count, 3, *size], align_corners=False
-    )
+    return torch.from_numpy(affine)
+
+
+def view(pixels: Tensor, views: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, *size) float32 crops, resized bilinearly, as one sampling of the whole batch.
+
+    Args:
+        pixels: (B, 3, H, W) uint8 or float, any device; the result has its units.
+        views: (B, 2, 3) of `draw_views`.
+        size: height and width of the result, pixels.
+    """
+    shape = [len(pixels), 3, *size]
+    grid = F.affine_grid(views.to(pixels.device), shape, align_corners=False)
     return F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+
+
+def augment(
+    pixels: Tensor, size: tuple[int, int], min_area: float, flip: bool, random: np.random.Generator
+) -> Tensor:
+    """(B, 3, *size) float32 crops and flips that are drawn at once; see `draw_views`, `view`."""
+    return view(pixels, draw_views(len(pixels), min_area, flip, random), size)
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -93,8 +93,7 @@ class UsedVocabulary:
         self._model = model
         self._full: Tensor = model.token_embedding.weight.detach().clone()
         self._used = np.unique(used)
-        rows = self._full[torch.from_numpy(self._used).to(self._full.device, torch.int64)]
-        model.token_embedding = _embedding(rows)
+        model.token_embedding = _embedding(self.cut(self._full))
 
     def compact(self, table: TokenTable) -> TokenTable:
         """The same table with ids that count into the cut embedding.
@@ -107,13 +106,23 @@ class UsedVocabulary:
             raise KeyError("token id outside the used vocabulary")
         return TokenTable(ids.astype(np.int32), table.lengths)
 
+    name = "token_embedding.weight"
+    """Of the embedding in the model's state."""
+
+    def cut(self, weight: Tensor) -> Tensor:
+        """The rows of a full (vocabulary, width) embedding that occur."""
+        return weight[torch.from_numpy(self._used).to(weight.device, torch.int64)]
+
+    def expanded(self, weight: Tensor) -> Tensor:
+        """The full embedding with the rows of a cut one in their places; others as at the start."""
+        full = self._full.to(weight.device, copy=True)
+        rows = torch.from_numpy(self._used).to(weight.device, torch.int64)
+        full[rows] = weight.detach().to(full.dtype)
+        return full
+
     def restore(self) -> None:
         """Gives the model its full embedding back, with the trained rows in their places."""
-        trained = self._model.token_embedding.weight.detach()
-        rows = torch.from_numpy(self._used).to(trained.device, torch.int64)
-        full = self._full.to(trained.device, copy=True)
-        full[rows] = trained.to(full.dtype)
-        self._model.token_embedding = _embedding(full)
+        self._model.token_embedding = _embedding(self.expanded(self._model.token_embedding.weight))
 
 
 def _embedding(rows: Tensor) -> nn.Embedding:

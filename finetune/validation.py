@@ -1,7 +1,7 @@
 """How good a dual encoder is: zero-shot top-1, and retrieval between images and captions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -16,7 +16,7 @@ from featcache.errors import ConfigError
 from featcache.manifest import Manifest
 from finetune.architectures import Tokenizer
 from finetune.data import ImagesConfig, ImageStore, Pairs, normalize, pairs_of
-from finetune.text import TokenTable, UsedVocabulary, encode_text
+from finetune.text import TokenTable, encode_text
 
 ROWS_AT_A_TIME = 1024
 """Rows whose similarities are held at once."""
@@ -44,29 +44,30 @@ class Validation:
     device: torch.device
     batch_size: int
 
+    @staticmethod
+    def tables(
+        manifest: Manifest, split: str, template: str, tokenizer: Tokenizer
+    ) -> tuple[TokenTable, TokenTable]:
+        """Tokens of the split's captions, and of the class prompts made from `template`."""
+        prompts = TokenTable.of(class_prompts(manifest.classes, template), tokenizer)
+        return TokenTable.of(pairs_of(manifest, split).texts, tokenizer), prompts
+
     @classmethod
     def open(
         cls,
         manifest: Manifest,
         split: str,
-        template: str,
-        tokenizer: Tokenizer,
+        texts: TokenTable,
+        prompts: TokenTable,
         spec: PixelSpec,
         options: ImagesConfig,
         device: torch.device,
         batch_size: int = 256,
     ) -> "Validation":
-        """The split of a dataset with the class prompts made from `template`."""
-        prompts = TokenTable.of(class_prompts(manifest.classes, template), tokenizer)
+        """The split of a dataset; texts and prompts are those of `tables`."""
         pairs = pairs_of(manifest, split)
-        texts = TokenTable.of(pairs.texts, tokenizer)
         images = ImageStore(pairs.root, pairs.paths, spec, "fast", options)
         return cls(pairs, images, texts, prompts, spec, device, batch_size)
-
-    def compact(self, vocabulary: UsedVocabulary) -> "Validation":
-        """The same split for a model whose embedding is cut to `vocabulary`."""
-        texts, prompts = vocabulary.compact(self.texts), vocabulary.compact(self.prompts)
-        return replace(self, texts=texts, prompts=prompts)
 
     @torch.inference_mode()
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -163,7 +164,7 @@ def retrieval_recall(
     text_features: Tensor,
     offsets: npt.NDArray[np.int64],
     text_ids: npt.NDArray[np.int64],
-    ks: tuple[int, ...] = (1, 5),
+    ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, float]:
     """Recall at k both ways over distinct texts; ties count against the model.
 
@@ -175,7 +176,7 @@ def retrieval_recall(
         text_features: (U, P) normalised, distinct texts.
         offsets: (n+1,) start of each image's texts in `text_ids`.
         text_ids: (m,) texts as row indices of `text_features`.
-        ks: ranks asked for.
+        ks: ranks asked for; those that reach all candidates, which says nothing, are left out.
 
     Returns:
         `image_to_text_recall_at_K` and `text_to_image_recall_at_K`, shares in 0..1.
@@ -187,7 +188,7 @@ def retrieval_recall(
         ("text_to_image", text_features, image_features, (text_ids, images)),
     ):
         ranks = _ranks(queries, candidates, *pairs)
-        for k in ks:
+        for k in (k for k in ks if k < len(candidates)):
             result[f"{name}_recall_at_{k}"] = float((ranks < k).mean())
     return result
 

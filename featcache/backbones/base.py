@@ -97,6 +97,8 @@ class BackboneSpec:
         num_layers: number of blocks that tokens can be taken from; 0 if none.
         logit_scale: multiplier of image-text cosines that the backbone was trained with; 1 if it
             knows no text.
+        logit_bias: what is added to the multiplied cosines, for backbones trained by a sigmoid loss
+            (SigLIP); 0 for all others.
         has_text: whether `encode_text` works.
         num_prefix_tokens: tokens before the patches in a block's sequence (class token, registers).
         can_finish: whether the last blocks can be run on their own; see `Backbone.tail`.
@@ -115,6 +117,7 @@ class BackboneSpec:
     num_prefix_tokens: int = 0
     can_finish: bool = False
     joint: tuple[int, int] | None = None
+    logit_bias: float = 0.0
 
     def require(self, request: "FeatureRequest", text: bool = False) -> None:
         """Checks that the backbone offers what is asked for.

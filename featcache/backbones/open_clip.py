@@ -215,6 +215,7 @@ class OpenClip(Backbone):
         self.tokenizer = tokenizer
         self._tower = open_tower(model.visual)
         pixels = _pixel_spec(model)
+        bias = getattr(model, "logit_bias", None)
         self.spec = BackboneSpec(
             identity=identity,
             pixels=pixels,
@@ -224,6 +225,7 @@ class OpenClip(Backbone):
             token_dim=self._tower.token_dim,
             num_layers=self._tower.num_layers,
             logit_scale=math.exp(float(model.logit_scale.reshape(-1)[0])),
+            logit_bias=0.0 if bias is None else float(bias.reshape(-1)[0]),
             has_text=True,
             num_prefix_tokens=self._tower.num_prefix_tokens,
             can_finish=self._tower.can_finish,

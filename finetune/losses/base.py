@@ -60,6 +60,14 @@ class PairLossConfig(Config):
             ValueError: if the two feature matrices differ in shape, or a bias is missing or idle.
         """
 
+    @abstractmethod
+    def of_chance(self, batch_size: int) -> float:
+        """The lowest loss of a model that knows nothing, in nats.
+
+        Args:
+            batch_size: B.
+        """
+
     def clamp(self, logit_scale: Tensor) -> None:
         """Puts the log scale back into its range, in place; belongs after every step."""
         return

@@ -54,6 +54,10 @@ class InfoNceConfig(PairLossConfig):
             raise ValueError("info_nce has no bias, found a logit_bias; choose siglip")
         return info_nce(image_features, text_features, logit_scale, group)
 
+    def of_chance(self, batch_size: int) -> float:
+        """Log B: all texts alike."""
+        return math.log(batch_size)
+
     def clamp(self, logit_scale: Tensor) -> None:
         """Puts s back into [0, ln 100], in place."""
         clamp_logit_scale(logit_scale)

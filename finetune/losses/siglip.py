@@ -53,6 +53,10 @@ class SiglipConfig(PairLossConfig):
             raise ValueError("siglip needs a logit_bias, found none; build the model with one")
         return siglip(image_features, text_features, logit_scale, logit_bias, group)
 
+    def of_chance(self, batch_size: int) -> float:
+        """Log B − (B − 1)·log(1 − 1/B): every pair is one with probability 1/B."""
+        return math.log(batch_size) - (batch_size - 1) * math.log1p(-1 / batch_size)
+
 
 def siglip(
     image_features: Tensor,

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from featcache.errors import ConfigError, DatasetError
 from finetune import pretrain
+from finetune.losses.info_nce import InfoNceConfig
 from finetune.pretrain import PretrainConfig, run
+from finetune.pretrain_checkpoint import checkpoints
 from heads.run_folder import RunError
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
@@ -82,10 +84,12 @@ def _history(config: PretrainConfig) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("tower", ["vit", "rn"])
 def test_learns_and_opens_in_open_clip(toy: Path, tower: str, monkeypatch: Any) -> None:
     trained: list[torch.nn.Module] = []
+    train = pretrain.train
     monkeypatch.setattr(
-        pretrain, "save_local_dir", lambda *a: (trained.append(a[1]), SAVE_LOCAL_DIR(*a))
+        pretrain, "train", lambda *a, **k: (train(*a, **k), trained.append(a[0].model))
     )
-    config = _config(toy, architecture=str(toy / f"{tower}.json"), steps=60)
+    tower_file = str(toy / f"{tower}.json")
+    config = _config(toy, architecture=tower_file, steps=60, prompt="a {name} thing")
     report = run(config)
     history = _history(config)
     assert [entry["step"] for entry in history] == [10, 20, 30, 40, 50, 60]
@@ -103,12 +107,9 @@ def test_learns_and_opens_in_open_clip(toy: Path, tower: str, monkeypatch: Any) 
     with torch.inference_mode():
         images, texts = model.encode_image(pixels), model.encode_text(tokens)
         torch.testing.assert_close(images, trained[0].encode_image(pixels), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(texts, trained[0].encode_text(tokens), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(texts, model.encode_text(tokens), atol=1e-5, rtol=1e-4)
     similarity = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
     assert similarity.argmax(dim=1).tolist() == [0, 1, 2]
-
-
-SAVE_LOCAL_DIR = pretrain.save_local_dir
 
 
 def test_same_seed_same_weights_other_seed_others(toy: Path) -> None:
@@ -161,14 +162,24 @@ def test_a_foreign_folder_is_left_alone(toy: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run(toy: Path, monkeypatch: Any) -> None:
     calls = iter(range(100))
+    ordinary = InfoNceConfig.loss
 
-    def breaks(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (images * texts).sum() * (float("nan") if next(calls) == 4 else 1.0)
+    def breaks(self: InfoNceConfig, *inputs: Any) -> torch.Tensor:
+        return ordinary(self, *inputs) * (float("nan") if next(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(pretrain, "info_nce", breaks)
-    with pytest.raises(RunError, match="step 5 of 40: the loss is nan"):
-        run(_config(toy))
-    assert not [path for path in toy.iterdir() if path.is_dir()]  # nothing half-written stays
+    with monkeypatch.context() as patched:
+        patched.setattr(InfoNceConfig, "loss", breaks)
+        with pytest.raises(RunError, match="step 5 of 40: the loss is nan"):
+            run(_config(toy))
+        assert not [path for path in toy.iterdir() if path.is_dir()]  # nothing half-written stays
+
+        calls = iter(range(100))
+        with pytest.raises(RunError, match="step 5 of 40: the loss is nan"):
+            run(_config(toy, save_every=2))
+    assert [path.name for path in checkpoints(toy / "out.partial")] == [
+        "checkpoint_1_2",
+        "checkpoint_1_4",
+    ]
 
 
 def test_logit_scale_never_passes_100(toy: Path) -> None:

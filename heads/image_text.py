@@ -1,7 +1,9 @@
 """Images and texts in the space that they share, through one backbone, without a cache."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +52,7 @@ class ImageEncoder:
         mode: PixelMode = "fast",
         spec: PixelSpec | None = None,
         batch_size: int | None = None,
-        num_readers: int = 2,
+        num_readers: int | Literal["auto"] = "auto",
     ) -> None:
         """Nothing is read yet.
 
@@ -59,13 +61,15 @@ class ImageEncoder:
             mode: how images are decoded and resized.
             spec: pixels, if other than the backbone's own: those that a cache was made from.
             batch_size: images at a time; None = 32 on a CPU, 256 on a GPU.
-            num_readers: decoding threads.
+            num_readers: decoding threads; auto = one per processor this process may use.
 
         Raises:
             BackboneError: if the backbone has no text tower.
         """
         require_text(backbone)
-        self.backbone, self.mode, self.num_readers = backbone, mode, num_readers
+        self.backbone, self.mode = backbone, mode
+        own = len(os.sched_getaffinity(0))
+        self.num_readers = own if num_readers == "auto" else num_readers
         self.spec = backbone.spec.pixels if spec is None else spec
         self.batch_size = batch_size or _BATCH[backbone.device.type]
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +65,8 @@ class SimilarityConfig(Config):
     precision: PrecisionChoice = "auto"
     """Arithmetic: fp32, bf16, fp16; auto = the device's fastest that agrees with fp32; unused with
     `cache`."""
-    num_readers: PositiveInt = 2
-    """Threads that decode images, 1 or more."""
+    num_readers: PositiveInt | Literal["auto"] = "auto"
+    """Threads that read and decode; auto = one per processor this job may use."""
     out: Path = Path("similarity.png")
     """Picture to write; the numbers go to a .csv beside it."""
     device: str = "auto"

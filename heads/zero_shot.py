@@ -11,7 +11,7 @@ seconds, or of any dataset's images.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pandas as pd
 from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, model_validator
@@ -80,8 +80,8 @@ class ZeroShotJobConfig(Config):
     images; a cache's own with `cache`."""
     batch_size: PositiveInt | None = None
     """Images encoded at a time, 1 or more; unset = 32 on a CPU, 256 on a GPU. Changes no figure."""
-    num_readers: PositiveInt = 2
-    """Threads that decode images, 1 or more."""
+    num_readers: PositiveInt | Literal["auto"] = "auto"
+    """Threads that read and decode; auto = one per processor this job may use."""
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
     """Largest share of unreadable images in an evaluation, 0..1; past it the job fails."""
     device: str = "auto"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from featcache import extract
+from featcache.backbones.adapted import AdaptedConfig
+from featcache.backbones.base import FeatureRequest
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.class_lists import CIFAR100, class_list
 from featcache.errors import (
@@ -21,6 +25,7 @@ from featcache.errors import (
     UnreadableImagesError,
 )
 from featcache.extract import ExtractConfig
+from featcache.images import load_pixels
 from featcache.prompts import TEMPLATES
 from heads.image_text import require_text
 from heads.prediction_figure import Shown, grid, write_figures
@@ -364,3 +369,39 @@ def test_backbones_without_texts_are_refused_however_they_are_opened(tiny_clip: 
     mute = type("Mute", (), {"spec": replace(backbone.spec, has_text=False)})()
     with pytest.raises(BackboneError, match="reads no text"):
         require_text(mute)
+
+
+def test_an_adapted_backbone_is_measured_as_any_other(
+    job: Callable[..., ZeroShotJobConfig],
+    photos: Path,
+    tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from featcache.adapter_folder import write_adapter
+    from featcache.adapters.lora import LoraConfig
+
+    shared = OpenClipConfig.open
+    monkeypatch.setattr(OpenClipConfig, "open", lambda *options: deepcopy(shared(*options)))
+    base = OpenClipConfig(model=f"local-dir:{tiny_clip}")
+    lora = LoraConfig(rank=2, towers="both")
+    adapter = lora.attach(base.open("cpu", "fp32").trainable())
+    with torch.no_grad():
+        for parameter in adapter.trained_parameters().values():
+            parameter.normal_(std=0.3)
+    folder = tmp_path / "adapted"
+    folder.mkdir()
+    write_adapter(folder, base, base.open("cpu", "fp32"), lora, adapter.state())
+    backbone = AdaptedConfig(model=str(folder)).open("cpu", "fp32")
+    file = photos / "test" / "sea" / "01.jpg"
+    names = ["oak tree", "pine tree", "sea"]
+    pixels = load_pixels(file.read_bytes(), backbone.spec.pixels, "fast")
+    image = F.normalize(backbone.encode_image(pixels, FeatureRequest())["projected"], dim=1)
+    texts = F.normalize(backbone.encode_text([f"a photo of a {name}." for name in names]), dim=1)
+    expected = (35 * image @ texts.T)[0].softmax(0)
+    options: dict[str, Any] = {"images": file, "templates": "plain", "figure": False}
+    table = run(job(backbone={"kind": "adapted", "model": str(folder)}, **options)).table
+    found = table.set_index("class")["probability"][names]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    before = run(job(**options)).table.set_index("class")["probability"][names]
+    assert not np.allclose(found, before, rtol=1e-2), "the change of the towers is not seen"

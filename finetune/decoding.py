@@ -36,10 +36,7 @@ from featcache.errors import DatasetError, UserError
 from featcache.image_bytes import read_many
 from featcache.images import load_pixels, load_view
 from featcache.storage import Where
-from finetune.augmentation import AugmentationConfig, Variation
-
-Key = tuple[int, int]
-"""Seed and epoch, which fix the variation of every row."""
+from finetune.augmentation import AugmentationConfig, Key, Variation
 
 Decoded = tuple[int, npt.NDArray[np.uint8] | list[npt.NDArray[np.uint8]], list[str]]
 """Ticket of a task, (3, H, W) uint8 pixels of its rows, and "" or why a row is unreadable."""
@@ -62,14 +59,15 @@ class Source:
         root: folder or address that `paths` start from.
         paths: images, as `featcache.image_bytes.read_bytes` takes them.
         spec: size, resize and crop of the pixels.
-        mode: how JPEG files are decoded, see `featcache.images`.
+        plain, varied: how JPEG files are decoded for either, see `featcache.images`.
         augmentation: how training images are varied.
     """
 
     root: Where
     paths: Sequence[str]
     spec: PixelSpec
-    mode: Literal["fast", "scaled"]
+    plain: Literal["fast", "scaled"]
+    varied: Literal["fast", "scaled"]
     augmentation: AugmentationConfig | None
 
     def variation(self) -> Variation:
@@ -102,10 +100,10 @@ class Source:
                 if isinstance(data, ValueError):
                     raise data
                 if key is None or variation is None:
-                    found.append(load_pixels(data, self.spec, self.mode)[0])
+                    found.append(load_pixels(data, self.spec, self.plain)[0])
                     continue
                 draw = partial(variation.box_and_flip, (*key, row))
-                found.append(load_view(data, self.spec, self.mode, draw))
+                found.append(load_view(data, self.spec, self.varied, draw))
             except ValueError as reason:
                 found.append(reason)
         return found

@@ -28,8 +28,8 @@ from featcache.backbones.base import PixelSpec
 from featcache.config import Config
 from featcache.errors import UnreadableImagesError
 from featcache.storage import Where
-from finetune.augmentation import AugmentationConfig
-from finetune.decoding import DecodingThreads, DecodingWorkers, Key, Source
+from finetune.augmentation import AugmentationConfig, Key
+from finetune.decoding import DecodingThreads, DecodingWorkers, Source
 
 MOST_WORKERS = 16
 """Workers that are started without being asked for."""
@@ -42,7 +42,10 @@ class LoadingConfig(Config):
     """Decoding processes; 0 = threads of the training's own process. Unset = one per further CPU
     core (16 at most) if a GPU trains, otherwise 0."""
     num_readers: PositiveInt = 4
-    """Decoding threads of each process that has no workers."""
+    """Decoding threads of a training without such processes."""
+    ram_budget_gib: float = Field(default=4.0, ge=0.0)
+    """Images that are decoded to one size are kept in memory up to this size, GiB; a longer list,
+    and crops of whole images, are decoded batch by batch. The result is the same."""
     decode: Literal["fast", "scaled"] = "scaled"
     """fast = as in extraction; scaled = JPEG files are decoded no larger than twice what is
     needed, faster for photographs of several megapixels."""
@@ -77,7 +80,7 @@ class _Pending:
 
 
 class Images:
-    """Images of a list of files, decoded on demand.
+    """Images of a list of files, decoded on demand, or kept decoded.
 
     Attributes:
         problems: path to reason, of every image found unreadable so far.
@@ -92,9 +95,11 @@ class Images:
         augmentation: AugmentationConfig | None,
         options: LoadingConfig,
         num_workers: int = 0,
+        *,
+        plain: Literal["fast", "scaled"] = "fast",
         pinned: bool = False,
     ) -> None:
-        """Starts the workers.
+        """Starts the workers; decodes all images if they are never varied and fit the budget.
 
         Args:
             root: folder or address that `paths` start from.
@@ -103,13 +108,14 @@ class Images:
             augmentation: how the images of a stream with a key are varied.
             options: how they are decoded, and how many may be unreadable.
             num_workers: processes; 0 = threads.
+            plain: how JPEG files are decoded for streams without a key; fast = as in extraction.
             pinned: whether batches are in page-locked memory, from where a GPU copies faster.
         """
         self.problems: dict[str, str] = {}
         self.waited = 0.0
         self._paths, self._size, self._pinned = paths, spec.size, pinned
         self._allowed = math.floor(options.max_unreadable * len(paths))
-        source = Source(root, paths, spec, options.decode, augmentation)
+        source = Source(root, paths, spec, plain, options.decode, augmentation)
         self._varied = augmentation is not None
         self._decoders: DecodingWorkers | DecodingThreads
         if num_workers > 0:
@@ -118,6 +124,15 @@ class Images:
             self._decoders = DecodingThreads(source, options.num_readers)
         self._unsent: deque[tuple[_Pending, int, int, Key | None]] = deque()
         self._sent: dict[int, tuple[_Pending, int]] = {}
+        self._memory: Tensor | None = None
+        num_bytes = len(paths) * 3 * math.prod(spec.size)
+        if augmentation is None and num_bytes <= options.ram_budget_gib * 2**30:
+            self._keep_all()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pixels of all images are kept."""
+        return self._memory is not None
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -171,8 +186,24 @@ class Images:
             raise ValueError("a stream with a key needs images that were opened with augmentation")
         return Stream(self, iter(plan), key, spares)
 
+    def _keep_all(self) -> None:
+        """Decodes everything and lets the decoders go."""
+        everything = torch.zeros((len(self), 3, *self._size), dtype=torch.uint8)
+        self._readable = np.zeros(len(self), np.bool_)
+        rows = np.arange(len(self), dtype=np.int64)
+        for pixels, which in self.stream(rows[at : at + 64] for at in range(0, len(self), 64)):
+            everything[torch.from_numpy(which)] = pixels
+            self._readable[which] = True
+        self._memory = everything
+        self._decoders.close()
+        self.waited = 0.0
+
     def _expect(self, which: npt.NDArray[np.int64], key: Key | None) -> _Pending:
         """Asks for a batch."""
+        if self._memory is not None:
+            kept = self._memory[torch.from_numpy(which)]
+            bad = np.flatnonzero(~self._readable[which]).tolist()
+            return _Pending(which, kept.pin_memory() if self._pinned else kept, 0, bad)
         shape = (len(which), 3, *self._size)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         batch, step = _Pending(which, pixels, len(which)), self._decoders.rows_at_once
@@ -211,7 +242,8 @@ class Images:
             )
 
     def _wait_for(self, batch: _Pending) -> None:
-        self._receive(wait=False)
+        if self._sent or self._unsent:
+            self._receive(wait=False)
         while batch.left:
             self._receive(wait=True)
 

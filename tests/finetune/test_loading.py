@@ -13,9 +13,11 @@ from featcache.backbones.base import PixelSpec
 from featcache.errors import DatasetError, UnreadableImagesError
 from finetune.augmentation import AugmentationConfig
 from finetune.loading import Images, LoadingConfig
+from finetune.training_images import TrainingImages, TrainingImagesConfig
 
 SPEC = PixelSpec((24, 24), (0.5,) * 3, (0.5,) * 3)
 COLOURFUL = AugmentationConfig(min_area=0.2, brightness=0.4, policy="random", erasing=0.3)
+CROPPED = AugmentationConfig(min_area=0.2)
 NUM = 30
 
 
@@ -97,7 +99,7 @@ def test_f07_unreadable_images_are_never_black(
         if number != 11:
             (tmp_path / path).write_bytes(data[:500] if number in (10, 29) else data)
     bad = {paths[10], paths[11], paths[29]}
-    with opened(tmp_path, num_workers, max_unreadable=0.1, paths=paths) as images:
+    with opened(tmp_path, num_workers, CROPPED, 0.1, paths) as images:
         left_out = list(images.stream(plan(0)))
         rows = np.concatenate([which for _, which in left_out])
         assert sorted(rows.tolist()) == [r for r in range(NUM) if r not in (10, 11, 29)]
@@ -106,7 +108,7 @@ def test_f07_unreadable_images_are_never_black(
         assert images.problems[paths[11]] == "missing"
         spares = np.array([r for r in range(NUM) if r != 12])
         full = list(images.stream(plan(0), (0, 0), spares))
-        with opened(root, 0) as whole:
+        with opened(root, 0, CROPPED) as whole:
             for (pixels, which), wanted in zip(full, plan(0), strict=True):
                 same = ~np.isin(wanted, [10, 11, 29])
                 assert np.array_equal(which[same], wanted[same])
@@ -120,14 +122,14 @@ def test_f07_unreadable_images_are_never_black(
         _, which = next(images.stream([np.array([10, 29, 13])], (0, 0), np.arange(NUM)))
         assert which.tolist() == [12, 0, 13]
     with (
-        opened(tmp_path, num_workers, max_unreadable=0.05, paths=paths) as images,
+        opened(tmp_path, 0, CROPPED, 0.05, paths) as images,
         pytest.raises(UnreadableImagesError, match="2 images are unreadable, at most 1 of 30"),
     ):
         list(images.stream([np.array([10, 11, 12])]))
 
 
 def test_a_worker_that_is_killed_ends_the_run(root: Path) -> None:
-    with opened(root, 2) as images:
+    with opened(root, 2, CROPPED) as images:
         images.take(np.arange(3))
         process = images._decoders._process  # type: ignore[union-attr]
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -154,3 +156,53 @@ def test_number_of_workers_follows_the_device() -> None:
     assert LoadingConfig().workers_for(torch.device("cpu")) == 0
     assert LoadingConfig().workers_for(torch.device("cuda")) == max(1, min(16, cores - 1))
     assert LoadingConfig(num_workers=3).workers_for(torch.device("cpu")) == 3
+
+
+def test_images_in_memory_are_those_of_the_files(root: Path) -> None:
+    paths = [*paths_of(root)[:9], "missing.png"]
+    options = LoadingConfig(max_unreadable=0.2)
+    kept = Images(root, paths, SPEC, None, options, 0)
+    by_file = LoadingConfig(max_unreadable=0.2, ram_budget_gib=0.0)
+    with kept, Images(root, paths, SPEC, None, by_file, 0) as read:
+        assert kept.in_memory
+        assert not read.in_memory
+        for spares in (None, np.arange(10)):
+            batches = [np.array([3, 9, 0]), np.array([9, 8, 1])]
+            for one, other in zip(
+                kept.stream(batches, None, spares), read.stream(batches, None, spares), strict=True
+            ):
+                assert torch.equal(one[0], other[0])
+                assert np.array_equal(one[1], other[1])
+                assert len(one[1]) == (2 if spares is None else 3)
+        assert kept.problems == read.problems == {"missing.png": "missing"}
+
+
+def test_training_images_go_the_quick_or_the_full_way(root: Path) -> None:
+    cpu = torch.device("cpu")
+    quick = TrainingImagesConfig(min_area=0.7)
+    full = TrainingImagesConfig(min_area=0.7, max_aspect=4 / 3)
+    for options in (quick, full):
+        assert options.on_device == (options is quick)
+        with TrainingImages(root, paths_of(root), SPEC, options, cpu) as images:
+            first, second = images.stream(plan(0)[:2], (0, 0)), images.stream(plan(0)[1:2], (0, 0))
+            next(first)
+            one, again = next(first), next(second)
+            assert np.array_equal(one.which, again.which)
+            inputs = images.inputs(one)
+            assert torch.equal(inputs, images.inputs(again))  # whatever came before
+            assert inputs.shape == (7, 3, 24, 24)
+            assert inputs.dtype == torch.float32
+            assert -1.0 <= inputs.min() < inputs.max() <= 1.0
+            pieces = one.chunks(3)
+            assert [len(piece) for piece in pieces] == [3, 2, 2]
+            joined = torch.cat([images.inputs(piece) for piece in pieces])
+            torch.testing.assert_close(joined, inputs)
+    same = TrainingImagesConfig(min_area=1.0, flip=False, decode="fast")
+    with (
+        TrainingImages(root, paths_of(root), SPEC, same, cpu) as images,
+        opened(root, 0, augmentation=None) as plain,
+    ):
+        batch = next(images.stream(plan(0), (0, 0)))
+        assert batch.views is None
+        pixels, _ = plain.take(batch.which)
+        torch.testing.assert_close(images.inputs(batch), pixels / 127.5 - 1.0)

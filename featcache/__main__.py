@@ -33,6 +33,7 @@ JOBS: Mapping[str, Job] = {
     "diff": Job("featcache.diff", "DiffConfig", "compare a cache with its dataset as it is now"),
     "export": Job("featcache.export", "ExportConfig", "write features as .npy or parquet files"),
     "report": Job("featcache.report", "ReportConfig", "draw a cache on one HTML page"),
+    "merge": Job("featcache.merge", "MergeConfig", "write an adapted backbone as a plain model"),
     "join": Job("featcache.join", "JoinConfig", "show what caches of one dataset hold together"),
     "mirror": Job("featcache.mirror", "MirrorConfig", "tidy local copies of caches in stores"),
     "caption": Job("featcache.caption", "CaptionConfig", "write a caption for every image"),

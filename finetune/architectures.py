@@ -1,23 +1,19 @@
-"""Dual encoders from scratch: which architecture, how to build it, how to save it for open_clip.
+"""Dual encoders from scratch: which architecture, and how to build it.
 
 An architecture is a name that open_clip knows (`RN50`, `ViT-B-32`), one of the small `PRESETS`, or
-the path of a JSON file with `embed_dim`, `vision_cfg` and `text_cfg`. What is saved is open_clip's
-`local-dir` format: `open_clip_config.json` and `open_clip_model.safetensors`.
+the path of a JSON file with `embed_dim`, `vision_cfg` and `text_cfg`.
 """
 
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from featcache.backbones.base import PixelSpec
 from featcache.errors import ConfigError
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -191,36 +187,6 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width in pixels that the image tower takes."""
     size = model.visual.image_size  # type: ignore[union-attr]
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))  # type: ignore
-
-
-def save_local_dir(
-    folder: Path, state: Mapping[str, Tensor], config: dict[str, Any], pixels: PixelSpec
-) -> None:
-    """Writes what `open_clip.create_model_from_pretrained("local-dir:FOLDER")` opens.
-
-    Args:
-        folder: existing folder.
-        state: tensors by name of a model built from `config`, on any device.
-        config: open_clip model configuration.
-        pixels: preprocessing that the model was trained with.
-    """
-    preprocess = {
-        "size": list(pixels.size),
-        "mode": "RGB",
-        "mean": list(pixels.mean),
-        "std": list(pixels.std),
-        "interpolation": pixels.interpolation,
-        "resize_mode": pixels.resize_mode,
-        "fill_color": pixels.fill_color,
-    }
-    text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
-    (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
-    plain = {
-        name: tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
-    # Not save_file: it leaves a file that only its owner may read, whatever the umask.
-    (folder / "open_clip_model.safetensors").write_bytes(save(plain, metadata={"format": "pt"}))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

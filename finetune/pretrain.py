@@ -24,13 +24,14 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from featcache.backbones.base import PixelSpec
+from featcache.backbones.local_dir import save_local_dir
 from featcache.config import Config, run_job
 from featcache.datasets import AnyDataset
 from featcache.datasets.garden import GardenConfig
 from featcache.errors import ConfigError
 from featcache.manifest import Manifest
 from featcache.precision import fastest_precision
-from finetune.architectures import image_size, save_local_dir, tokenizer, with_logits
+from finetune.architectures import image_size, tokenizer, with_logits
 from finetune.data import ImagesConfig, ImageStore, Pairs, pairs_of, pixel_statistics
 from finetune.gradient_cache import batch_norms
 from finetune.losses import AnyPairLoss

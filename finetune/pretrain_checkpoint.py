@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from featcache.backbones.base import PixelSpec
-from finetune.architectures import save_local_dir
+from featcache.backbones.local_dir import save_local_dir
 from finetune.checkpoint import read_state, save_state
 from finetune.parallel import put, whole
 from finetune.pretrain_loop import Progress, Training

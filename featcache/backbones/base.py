@@ -7,6 +7,7 @@ Opening one never reaches for random weights or the network unless the options s
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -273,6 +274,22 @@ class Backbone(ABC):
         raise BackboneError(
             f"{self.spec.identity.name}: backbones of kind {self.spec.identity.kind} cannot be "
             "trained; take open_clip, timm or blip"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes the model into a folder as its own library opens it, in the present precision.
+
+        Here the same kind opens it as `local-dir:FOLDER`.
+
+        Args:
+            folder: existing and empty.
+
+        Raises:
+            BackboneError: if this kind cannot be written.
+        """
+        raise BackboneError(
+            f"{self.spec.identity.name}: backbones of kind {self.spec.identity.kind} cannot be "
+            "written; only open_clip, timm and blip can"
         )
 
     def finish_from(self, tokens: Tensor, num_blocks: int) -> Tensor:

@@ -10,6 +10,7 @@ token goes into the matching head.
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +35,7 @@ from featcache.backbones.hugging_face import (
     load_part,
     pixel_spec,
 )
+from featcache.backbones.local_dir import readable_by_all
 from featcache.backbones.prompt_tower import BertPromptTower, PromptTower
 from featcache.backbones.tails import kept_input
 from featcache.backbones.towers import layer_index, pool_tokens
@@ -203,6 +205,12 @@ class Blip(Backbone):
         # torch computes a layer norm's statistics in float32, whatever the type of its input.
         self.model = self.model.to(device=self.device, dtype=DTYPES[precision])
         self._prepare = PixelInput(self.spec.pixels, self.device, precision)
+
+    def save(self, folder: Path) -> None:
+        """Writes transformers' form, tokenizer and image processor with it; see `Backbone.save`."""
+        for part in (self.model, self.tokenizer, self._processor):
+            part.save_pretrained(folder)
+        readable_by_all(folder / "model.safetensors")
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None

@@ -27,6 +27,7 @@ from featcache.backbones.base import (
     PixelSpec,
 )
 from featcache.backbones.blocks import clip_blocks, pool_blocks, set_timm_entry, timm_blocks
+from featcache.backbones.local_dir import save_local_dir
 from featcache.backbones.prompt_tower import ClipPromptTower, PromptTower
 from featcache.backbones.towers import TimmTrunk, Tower, open_tower, pair, run_tower
 from featcache.backbones.trainable import TowerName, TrainableTowers
@@ -97,7 +98,7 @@ class OpenClipConfig(BackboneConfig):
             model,
             tokenizer,
             identity,
-            int(architecture["embed_dim"]),
+            architecture,
             torch.device(device),
             precision,
         )
@@ -208,18 +209,18 @@ class OpenClip(Backbone):
         model: Any,
         tokenizer: Callable[[list[str]], Tensor],
         identity: BackboneIdentity,
-        embed_dim: int,
+        architecture: dict[str, Any],
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._architecture = tokenizer, architecture
         self._tower = open_tower(model.visual)
         pixels = _pixel_spec(model)
         bias = getattr(model, "logit_bias", None)
         self.spec = BackboneSpec(
             identity=identity,
             pixels=pixels,
-            projected_dim=embed_dim,
+            projected_dim=int(architecture["embed_dim"]),
             pooled_dim=self._tower.pooled_dim,
             token_grid=self._tower.token_grid,
             token_dim=self._tower.token_dim,
@@ -242,6 +243,23 @@ class OpenClip(Backbone):
     def trainable(self) -> TrainableTowers:
         """The towers opened for gradients; see `Backbone.trainable`."""
         return _TrainableClip(self, self._tower)
+
+    def save(self, folder: Path) -> None:
+        """Writes open_clip's `local-dir`, with a tokenizer that is not CLIP's own; see `Backbone`.
+
+        Raises:
+            BackboneError: if open_clip cannot find the tokenizer of this kind in a folder.
+        """
+        from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+        if isinstance(self.tokenizer, HFTokenizer):
+            self.tokenizer.tokenizer.save_pretrained(folder)
+        elif not isinstance(self.tokenizer, SimpleTokenizer):
+            raise BackboneError(
+                f"{self.spec.identity.name}: open_clip finds its {type(self.tokenizer).__name__} "
+                "by the model's name only, which a folder does not have; it cannot be written"
+            )
+        save_local_dir(folder, self.model.state_dict(), self._architecture, self.spec.pixels)
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None

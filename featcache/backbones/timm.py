@@ -26,6 +26,7 @@ from featcache.backbones.base import (
     PixelSpec,
 )
 from featcache.backbones.blocks import set_timm_entry, timm_blocks
+from featcache.backbones.local_dir import readable_by_all
 from featcache.backbones.tails import TimmTail
 from featcache.backbones.towers import TimmTrunk, layer_index, run_tower
 from featcache.backbones.trainable import TowerName, TrainableTowers
@@ -209,6 +210,22 @@ class Timm(Backbone):
         self.device, self.precision = torch.device(device), precision
         self.model = cast(self.model.to(self.device), DTYPES[precision])
         self._prepare = PixelInput(self.spec.pixels, self.device, precision)
+
+    def save(self, folder: Path) -> None:
+        """Writes timm's `local-dir`, without a classifier; see `Backbone.save`."""
+        from timm.models import save_for_hf
+
+        pixels = self.spec.pixels
+        data = {
+            "input_size": (3, *pixels.size),
+            "mean": pixels.mean,
+            "std": pixels.std,
+            "interpolation": pixels.interpolation,
+            "crop_pct": pixels.crop_pct,
+            "crop_mode": self.model.pretrained_cfg.get("crop_mode") or "center",
+        }
+        save_for_hf(self.model, str(folder), safe_serialization=True, data_config=data)
+        readable_by_all(folder / "model.safetensors")
 
     def encode_image(
         self, pixels: Tensor, request: FeatureRequest, texts: Sequence[str] | None = None

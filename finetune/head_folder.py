@@ -16,7 +16,8 @@ from featcache.backbones.base import Backbone
 from featcache.batches import Rows
 from featcache.identity import FeatureIdentity, Identity
 from featcache.layout.feature_array import ComputedArray, checked_rows
-from featcache.manifest import Manifest, Task, class_hash
+from featcache.manifest import Task, class_hash
+from finetune.examples import Material
 from heads.data import FeatureTables, HeadArrays
 
 FOLDER = "head"
@@ -29,15 +30,13 @@ class EncodedDataset:
 
     Attributes:
         path: folder of the adapted backbone.
-        manifest: the rows.
+        material: the rows.
         backbone: the adapted encoder, as extraction opens it.
-        dataset: options of the dataset.
     """
 
     path: Path
-    manifest: Manifest
+    material: Material
     backbone: Backbone
-    dataset: Mapping[str, Any]
 
     @property
     def feature(self) -> str:
@@ -49,7 +48,7 @@ class EncodedDataset:
         """What a cache would be: features kept in float32."""
         spec = self.backbone.spec
         return Identity(
-            dataset=self.manifest.identity,
+            dataset=self.material.identity,
             backbone=spec.identity,
             preprocess=spec.pixels.record("fast"),
             precision="fp32",
@@ -76,8 +75,8 @@ class EncodedDataset:
         """What a cache's attributes would say."""
         return {
             "backbone": {"kind": "adapted", "model": str(self.path.resolve()), "base_model": ""},
-            "dataset": dict(self.dataset),
-            "root": str(self.manifest.root),
+            "dataset": dict(self.material.dataset),
+            "root": self.material.root,
             "pixels": self.identity.preprocess.record(),
             "logit_scale": self.backbone.spec.logit_scale,
         }
@@ -85,12 +84,12 @@ class EncodedDataset:
     @property
     def task(self) -> Task:
         """How the labels are to be read."""
-        return self.manifest.task
+        return self.material.task
 
     @property
     def classes(self) -> pd.DataFrame:
         """Class table."""
-        return self.manifest.classes
+        return self.material.classes
 
     @property
     def class_hash(self) -> str:
@@ -123,5 +122,5 @@ class HeldFeatures(ComputedArray):
 
 def tables(name: str, features: Tensor, device: torch.device) -> FeatureTables:
     """(n, P) features as heads read them, under an array's name."""
-    held = HeadArrays({f"image/{name}": HeldFeatures(f"image/{name}", features)}, None)
+    held = HeadArrays({name: HeldFeatures(name, features)}, None)
     return FeatureTables(held, np.arange(len(features), dtype=np.int64), device)

@@ -8,19 +8,19 @@ from torch import Tensor
 from featcache.backbones.base import Backbone
 from featcache.errors import CacheMismatchError, ConfigError
 from featcache.identity import differences
-from featcache.manifest import Manifest
+from finetune.examples import Material
 from heads.models.linear import Linear, LinearConfig
 from heads.run_folder import LoadedRun, load_run
 
 
 def initial_head(
-    path: Path, manifest: Manifest, backbone: Backbone, device: torch.device
+    path: Path, material: Material, backbone: Backbone, device: torch.device
 ) -> tuple[Linear, LinearConfig]:
     """The head of a finished run with its classes brought into the dataset's order.
 
     Args:
         path: run folder of heads.train.
-        manifest: what is trained on.
+        material: what is trained on.
         backbone: as it is before training.
         device: where the head goes.
 
@@ -42,9 +42,9 @@ def initial_head(
             f"init_head: the head in {path} reads {', '.join(run.features)} of "
             f"{len(run.members)} cache(s); fine-tuning needs one on image/{feature} of one cache"
         )
-    if run.task != manifest.task:
+    if run.task != material.task:
         raise ConfigError(
-            f"init_head: the head in {path} is {run.task}, the dataset {manifest.task}; train a "
+            f"init_head: the head in {path} is {run.task}, the dataset {material.task}; train a "
             "head on a cache of this dataset"
         )
     trained = run.members[0].identity
@@ -54,7 +54,7 @@ def initial_head(
             f"init_head: backbone.{name} differs: the head in {path} was trained on {want!r}, the "
             f"backbone to adapt has {have!r}; give the same backbone, or another head"
         )
-    order = class_order(run, [str(name) for name in manifest.classes["name"]])
+    order = class_order(run, [str(name) for name in material.classes["name"]])
     state = {
         name: t[order] if name.startswith(("weights.", "biases.")) and t.ndim else t
         for name, t in head.trained_state().items()

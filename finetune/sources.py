@@ -6,7 +6,6 @@ for.
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -18,23 +17,19 @@ from torch import Tensor
 from featcache.backbones.base import Backbone, FeatureRequest, PixelSpec
 from featcache.backbones.trainable import TrainableTowers
 from featcache.manifest import Manifest
-from finetune.data import ImagesConfig, ImageStore, augment, normalize
+from finetune.augmentation import AugmentationConfig
+from finetune.loading import Images, LoadingConfig
 from heads.parts import Part
 
 IntArray = npt.NDArray[np.int64]
 
-MARGIN = 1.125
-"""Side of the training pixels that are kept, over the side that the tower takes: room for crops."""
-
 
 class Source(Protocol):
-    """Inputs of training and measuring.
+    """Inputs of training and measuring."""
 
-    Attributes:
-        waited: seconds that training has waited for inputs so far.
-    """
-
-    waited: float
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for inputs so far."""
 
     @property
     def problems(self) -> dict[str, str]:
@@ -76,61 +71,80 @@ class PixelSource:
         spec: PixelSpec,
         manifest: Manifest,
         train: Part,
-        options: ImagesConfig,
+        augmentation: AugmentationConfig,
+        loading: LoadingConfig,
+        ram_budget_gib: float,
         device: torch.device,
     ) -> None:
-        """Decodes the training images if they fit into memory.
+        """Starts the decoding workers.
 
         Args:
-            towers: encode them.
+            towers: encode the images.
             spec: pixels that the towers take.
             manifest: rows of all parts.
             train: rows trained on.
-            options: reading and augmentation.
+            augmentation: how their images are varied.
+            loading: how images are decoded.
+            ram_budget_gib: plain pixels of parts that are measured are kept up to this size, GiB.
             device: where inputs go.
         """
-        self._towers, self._spec, self._manifest = towers, spec, manifest
-        self._options, self._device = options, device
-        self._plain: dict[str, ImageStore] = {}
-        kept = (math.ceil(spec.size[0] * MARGIN), math.ceil(spec.size[1] * MARGIN))
-        room = PixelSpec(kept, spec.mean, spec.std, spec.interpolation)
-        paths = [manifest.paths[row] for row in train.rows.tolist()]
-        self._train = ImageStore(manifest.root, paths, room, "scaled", options)
-        self.waited = 0.0
+        self._towers, self._device, self._rows = towers, device, train.rows
+        self._size = spec.size
+        self._room = int(ram_budget_gib * 2**30)
+        self._held: dict[str, tuple[Tensor, IntArray]] = {}
+        workers, pinned = loading.workers_for(device), device.type == "cuda"
+        root, paths = manifest.root, manifest.paths
+        self._varied = Images(root, paths, spec, augmentation, loading, workers, pinned)
+        # Measured on the pixels that extraction makes.
+        exact = loading.model_copy(update={"decode": "fast"})
+        self._exact = Images(root, paths, spec, None, exact, workers, pinned)
+
+    @property
+    def waited(self) -> float:
+        """See `Source.waited`."""
+        return self._varied.waited
 
     @property
     def problems(self) -> dict[str, str]:
         """See `Source.problems`."""
-        stores = [self._train, *self._plain.values()]
-        return {path: reason for store in stores for path, reason in store.problems.items()}
+        return {**self._exact.problems, **self._varied.problems}
 
     def augmented(
         self, plan: Sequence[IntArray], seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, IntArray]]:
-        """Random crops and flips; see `Source.augmented`."""
-        options = self._options
-        for number, which in enumerate(plan):
-            before = time.perf_counter()
-            pixels, kept = self._train.take(which)
-            random = np.random.default_rng([seed, epoch, number])
-            varied = augment(
-                pixels.to(self._device), self._spec.size, options.min_area, options.flip, random
-            )
-            inputs = normalize(varied, self._spec.mean, self._spec.std)
-            self.waited += time.perf_counter() - before
-            yield inputs, kept
+        """Varied pixels, every batch whole; see `Source.augmented`."""
+        rows = [self._rows[which] for which in plan]
+        stream = self._varied.stream(rows, (seed, epoch), spares=self._rows)
+        for pixels, which in stream:
+            where = np.searchsorted(self._rows, which).astype(np.int64)
+            yield pixels.to(self._device, non_blocking=True), where
 
     def plain(self, part: Part, batch_size: int) -> Iterator[tuple[Tensor, IntArray]]:
         """Pixels as extraction makes them; see `Source.plain`."""
-        if part.name not in self._plain:
-            paths = [self._manifest.paths[row] for row in part.rows.tolist()]
-            root, options = self._manifest.root, self._options
-            self._plain[part.name] = ImageStore(root, paths, self._spec, "fast", options)
-        for start in range(0, len(part), batch_size):
-            which = np.arange(start, min(start + batch_size, len(part)), dtype=np.int64)
-            pixels, kept = self._plain[part.name].take(which)
-            if len(kept):
-                yield pixels.to(self._device), kept
+        if part.name in self._held:
+            yield from self._from_memory(part.name, batch_size)
+            return
+        size = len(part) * 3 * math.prod(self._size)
+        kept: list[tuple[Tensor, IntArray]] = []
+        bounds = range(0, len(part), batch_size)
+        for pixels, which in self._exact.stream([part.rows[i : i + batch_size] for i in bounds]):
+            where = np.searchsorted(part.rows, which).astype(np.int64)
+            if size <= self._room:
+                kept.append((pixels, where))
+            if len(where):
+                yield pixels.to(self._device, non_blocking=True), where
+        if kept:
+            self._room -= size
+            self._held[part.name] = (
+                torch.cat([pixels for pixels, _ in kept]),
+                np.concatenate([where for _, where in kept]),
+            )
+
+    def _from_memory(self, name: str, batch_size: int) -> Iterator[tuple[Tensor, IntArray]]:
+        held, where = self._held[name]
+        for start in range(0, len(where), batch_size):
+            span = slice(start, start + batch_size)
+            yield held[span].to(self._device, non_blocking=True), where[span]
 
     def encode(self, inputs: Tensor) -> Tensor:
         """See `Source.encode`."""
@@ -144,5 +158,5 @@ class PixelSource:
 
     def close(self) -> None:
         """See `Source.close`."""
-        for store in [self._train, *self._plain.values()]:
-            store.close()
+        self._varied.close()
+        self._exact.close()

@@ -51,7 +51,6 @@ def config(toy: Path, out: Path, **changes: Any) -> TrainConfig:
         "optim": {"lr": 1e-3, "epochs": 3, "batch_size": 16},
         "head": {"lr": 1e-2, "scaling": "l2"},
         "device": "cpu",
-        "images": {"num_readers": 2},
     }
     return TrainConfig.model_validate({**values, **changes})
 
@@ -78,9 +77,11 @@ def test_learns_and_reports_both_accuracies_of_all_parts(trained: Path) -> None:
         "adapter.json",
         "adapter.safetensors",
         "config.yaml",
+        "curves.png",
         "head",
         "history.jsonl",
         "metrics.json",
+        "report.html",
         "train.json",
     ]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from featcache.config import Config
 from heads.distributed import Group
 
-MATRIX_BYTES = 2**28
-"""Of the similarity matrix, no more than this is held at once (256 MiB)."""
+MATRIX_BYTES = 2**27
+"""Rows of the similarity matrix that are held at once take no more than this (128 MiB)."""
 
 
 class PairLossConfig(Config):

@@ -9,6 +9,8 @@ over rows, R, and over columns, C,
 
     ∂L/∂z = (R + C − 2·1) / 2B,   ∂L/∂I = exp(s)·∂L/∂z·T,   ∂L/∂T = exp(s)·∂L/∂zᵀ·I
 
+    ∂L/∂s = Σᵢⱼ zᵢⱼ·∂L/∂zᵢⱼ = Σᵢ Iᵢ·∂L/∂Iᵢ
+
 so a process that knows all features and the B + B normalisers of R and C has the exact gradient by
 its own rows: features are gathered once and nothing of their size goes back, and the matrix is
 made a few rows at a time. (Autograd through a gather needs a second exchange of all features, and
@@ -80,7 +82,7 @@ def info_nce(
         text_features: (b, P) float, L2-normalised.
         logit_scale: () or (1,) float, s: natural logarithm of the scale.
         group: the processes that share the batch, b rows each; None = this one alone.
-        rows_at_once: rows of z that are held at once; None = what 256 MiB hold.
+        rows_at_once: rows of z that are held at once; None = what 128 MiB hold.
 
     Returns:
         () float32 (float64 for float64 features), in nats; ln B for a model that knows nothing.
@@ -115,8 +117,9 @@ class _InfoNce(torch.autograd.Function):
                 found = _alone(images, texts, scale, rows_at_once, with_gradients)
             else:
                 found = _together(images, texts, scale, group, rows_at_once, with_gradients)
-        loss, by_images, by_texts, by_scale = found
+        loss, by_images, by_texts = found
         if with_gradients:
+            by_scale = torch.dot(images.flatten(), by_images.flatten())
             ctx.save_for_backward(by_images, by_texts, by_scale.reshape(logit_scale.shape))
             ctx.scale_dtype = logit_scale.dtype
         return loss
@@ -130,8 +133,8 @@ class _InfoNce(torch.autograd.Function):
         return factor * by_images, factor * by_texts, by_scale, None, None, None
 
 
-_Found = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Loss, and its gradients by the images and texts of this process and by s."""
+_Found = tuple[Tensor, Tensor, Tensor]
+"""Loss, and its gradients by the images and texts of this process."""
 
 
 def _alone(
@@ -150,15 +153,13 @@ def _alone(
         loss -= 2 * z.diagonal(rows.start).sum()
     loss = (loss + by_row.sum() + by_column.sum()) / (2 * count)
     by_images, by_texts = torch.zeros_like(images), torch.zeros_like(texts)
-    by_scale = images.new_zeros(())
     if with_gradients:
         for rows, z in matrix:
-            slope = _slope(z, by_row[rows], by_column, rows.start)
-            by_scale += torch.dot(slope.flatten(), z.flatten())
+            slope = _slope_in_place(z, by_row[rows], by_column, rows.start)
             by_images[rows] = slope @ texts
             by_texts += slope.T @ images[rows]
     factor = scale / (2 * count)
-    return loss, by_images * factor, by_texts * factor, by_scale / (2 * count)
+    return loss, by_images * factor, by_texts * factor
 
 
 def _together(
@@ -183,21 +184,18 @@ def _together(
     loss = group.sum(loss + normalisers.sum()) / (2 * total)
     everyones = all_rows(normalisers, group)
     gradients = [torch.zeros_like(images), torch.zeros_like(texts)]
-    by_scale = images.new_zeros(())
     if with_gradients:
         for side, (matrix, others) in enumerate(zip(sides, (all_texts, all_images), strict=True)):
             for rows, z in matrix:
                 own = normalisers[rows, side]
-                slope = _slope(z, own, everyones[:, 1 - side], first + rows.start)
-                if side == 0:  # the other side holds the same pairs again, owned by other processes
-                    by_scale += torch.dot(slope.flatten(), z.flatten())
+                slope = _slope_in_place(z, own, everyones[:, 1 - side], first + rows.start)
                 gradients[side][rows] = slope @ others
     factor = scale / (2 * total)
-    return loss, gradients[0] * factor, gradients[1] * factor, by_scale / (2 * total)
+    return loss, gradients[0] * factor, gradients[1] * factor
 
 
 class _Blocks:
-    """Rows of exp(s)·A·Bᵀ, slice by slice, as often as asked; kept if there is but one slice."""
+    """Rows of exp(s)·A·Bᵀ, slice by slice, twice; kept for the second time if one slice is all."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: Tensor, slices: list[slice]) -> None:
         self._a, self._b, self._scale, self._slices = a, b, scale, slices
@@ -205,7 +203,7 @@ class _Blocks:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self._slices:
-            z = self._kept
+            z, self._kept = self._kept, None
             if z is None:
                 z = (self._a[rows] * self._scale) @ self._b.T
                 if len(self._slices) == 1:
@@ -213,10 +211,10 @@ class _Blocks:
             yield rows, z
 
 
-def _slope(z: Tensor, by_row: Tensor, by_column: Tensor, offset: int) -> Tensor:
-    """R + C − 2·1 of some rows of z, whose first pair lies `offset` to the right."""
-    slope = torch.exp(z - by_row[:, None])
-    slope += torch.exp(z - by_column)
+def _slope_in_place(z: Tensor, by_row: Tensor, by_column: Tensor, offset: int) -> Tensor:
+    """R + C − 2·1 of some rows of z, in its memory; their first pair lies `offset` to the right."""
+    over_rows = (z - by_row[:, None]).exp_()
+    slope = z.sub_(by_column).exp_().add_(over_rows)
     slope.diagonal(offset).sub_(2)
     return slope
 

@@ -6,7 +6,7 @@ algorithm 1; start values of t′ = ln t and b from section 3.2.
 No softmax, so no normaliser over the batch: any rows of the matrix give their part of the loss and,
 with G = σ(z) − 1 (1 the identity), of its gradient
 
-    ∂L/∂z = G / B,   ∂L/∂I = t·G·T / B,   ∂L/∂T = t·Gᵀ·I / B
+    ∂L/∂z = G / B,   ∂L/∂I = t·G·T / B,   ∂L/∂T = t·Gᵀ·I / B,   ∂L/∂t′ = Σᵢ Iᵢ·∂L/∂Iᵢ
 
 Departure: the paper passes text features around in a ring and sees b texts at a time; here all of
 them are gathered (B·P numbers, small beside a tower's activations) and the matrix is made a few
@@ -74,7 +74,7 @@ def siglip(
         logit_scale: () or (1,) float, s: natural logarithm of the scale.
         logit_bias: () or (1,) float.
         group: the processes that share the batch, b rows each; None = this one alone.
-        rows_at_once: rows of the matrix that are held at once; None = what 256 MiB hold.
+        rows_at_once: rows of the matrix that are held at once; None = what 128 MiB hold.
 
     Returns:
         () float32 (float64 for float64 features), in nats an image, summed over all B texts.
@@ -110,17 +110,15 @@ class _Siglip(torch.autograd.Function):
         with no_autocast(images.device):
             all_texts = texts if group is None or alone else all_rows(texts, group)
             total, first = len(all_texts), 0 if group is None else group.rank * len(images)
-            loss, by_scale, by_bias = (images.new_zeros(()) for _ in range(3))
+            loss, by_bias = images.new_zeros(()), images.new_zeros(())
             by_images, by_texts = torch.zeros_like(images), torch.zeros_like(texts)
             slices = list(row_chunks(len(images), total, rows_at_once))
             for rows in slices:
-                scaled = (images[rows] * scale) @ all_texts.T
-                z = scaled + bias
+                z = ((images[rows] * scale) @ all_texts.T).add_(bias)
                 loss += F.softplus(z).sum() - z.diagonal(first + rows.start).sum()
                 if not with_gradients:
                     continue
-                slope = _slope(z, first + rows.start)
-                by_scale += torch.dot(slope.flatten(), scaled.flatten())
+                slope = _slope_in_place(z, first + rows.start)
                 by_bias += slope.sum()
                 by_images[rows] = slope @ all_texts
                 if alone:
@@ -130,13 +128,16 @@ class _Siglip(torch.autograd.Function):
                 if with_gradients:  # own texts against all images: their part of the columns
                     all_images = all_rows(images, group)
                     for rows in slices:
-                        z = (texts[rows] * scale) @ all_images.T + bias
-                        by_texts[rows] = _slope(z, first + rows.start) @ all_images
+                        z = ((texts[rows] * scale) @ all_images.T).add_(bias)
+                        by_texts[rows] = _slope_in_place(z, first + rows.start) @ all_images
         if with_gradients:
+            by_images *= scale / total
+            by_texts *= scale / total
+            by_scale = torch.dot(images.flatten(), by_images.flatten())
             ctx.save_for_backward(
-                by_images * (scale / total),
-                by_texts * (scale / total),
-                (by_scale / total).reshape(logit_scale.shape).to(logit_scale.dtype),
+                by_images,
+                by_texts,
+                by_scale.reshape(logit_scale.shape).to(logit_scale.dtype),
                 (by_bias / total).reshape(logit_bias.shape).to(logit_bias.dtype),
             )
         return loss / total
@@ -157,8 +158,8 @@ class _Siglip(torch.autograd.Function):
         )
 
 
-def _slope(z: Tensor, offset: int) -> Tensor:
-    """σ(z) − 1 of some rows of z, whose first pair lies `offset` to the right."""
-    slope = z.sigmoid()
+def _slope_in_place(z: Tensor, offset: int) -> Tensor:
+    """σ(z) − 1 of some rows of z, in its memory; their first pair lies `offset` to the right."""
+    slope = z.sigmoid_()
     slope.diagonal(offset).sub_(1)
     return slope

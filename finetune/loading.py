@@ -31,6 +31,8 @@ from featcache.storage import Where
 from finetune.augmentation import AugmentationConfig, Key
 from finetune.decoding import DecodingThreads, DecodingWorkers, Source
 
+IntArray = npt.NDArray[np.int64]
+
 MOST_WORKERS = 16
 """Workers that are started without being asked for."""
 
@@ -44,8 +46,8 @@ class LoadingConfig(Config):
     num_readers: PositiveInt = 4
     """Decoding threads of a training without such processes."""
     ram_budget_gib: float = Field(default=4.0, ge=0.0)
-    """Images that are decoded to one size are kept in memory up to this size, GiB; a longer list,
-    and crops of whole images, are decoded batch by batch. The result is the same."""
+    """Pixels that every epoch sees alike are kept in memory up to this size, GiB: those of
+    measured splits, and of training images whose crops are made on the device."""
     decode: Literal["fast", "scaled"] = "scaled"
     """fast = as in extraction; scaled = JPEG files are decoded no larger than twice what is
     needed, faster for photographs of several megapixels."""
@@ -73,14 +75,14 @@ class _Pending:
         bad: places of unreadable ones.
     """
 
-    which: npt.NDArray[np.int64]
+    which: IntArray
     pixels: Tensor
     left: int
     bad: list[int] = field(default_factory=list)
 
 
 class Images:
-    """Images of a list of files, decoded on demand, or kept decoded.
+    """Images of a list of files, decoded on demand; plain pixels are kept up to a stated size.
 
     Attributes:
         problems: path to reason, of every image found unreadable so far.
@@ -95,11 +97,10 @@ class Images:
         augmentation: AugmentationConfig | None,
         options: LoadingConfig,
         num_workers: int = 0,
-        *,
-        plain: Literal["fast", "scaled"] = "fast",
         pinned: bool = False,
+        plain: Literal["fast", "scaled"] = "fast",
     ) -> None:
-        """Starts the workers; decodes all images if they are never varied and fit the budget.
+        """Starts the workers.
 
         Args:
             root: folder or address that `paths` start from.
@@ -108,8 +109,8 @@ class Images:
             augmentation: how the images of a stream with a key are varied.
             options: how they are decoded, and how many may be unreadable.
             num_workers: processes; 0 = threads.
-            plain: how JPEG files are decoded for streams without a key; fast = as in extraction.
             pinned: whether batches are in page-locked memory, from where a GPU copies faster.
+            plain: how JPEG files are decoded for streams without a key; fast = as in extraction.
         """
         self.problems: dict[str, str] = {}
         self.waited = 0.0
@@ -122,17 +123,18 @@ class Images:
             self._decoders = DecodingWorkers(source, num_workers)
         else:
             self._decoders = DecodingThreads(source, options.num_readers)
-        self._unsent: deque[tuple[_Pending, int, int, Key | None]] = deque()
-        self._sent: dict[int, tuple[_Pending, int]] = {}
-        self._memory: Tensor | None = None
-        num_bytes = len(paths) * 3 * math.prod(spec.size)
-        if augmentation is None and num_bytes <= options.ram_budget_gib * 2**30:
-            self._keep_all()
+        self._unsent: deque[tuple[_Pending, IntArray, Key | None]] = deque()
+        self._sent: dict[int, tuple[_Pending, IntArray, Key | None]] = {}
+        room = int(options.ram_budget_gib * 2**30) // (3 * math.prod(spec.size))
+        # Memory that is never written takes no space.
+        self._kept = torch.empty((min(room, len(paths)), 3, *spec.size), dtype=torch.uint8)
+        self._slots = np.full(len(paths), -1, np.int64)
+        self._num_kept = 0
 
     @property
     def in_memory(self) -> bool:
-        """Whether the pixels of all images are kept."""
-        return self._memory is not None
+        """Whether there is room to keep the plain pixels of all images."""
+        return len(self._kept) == len(self)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -147,7 +149,7 @@ class Images:
         """Ends the workers."""
         self._decoders.close()
 
-    def take(self, which: npt.NDArray[np.int64]) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    def take(self, which: IntArray) -> tuple[Tensor, IntArray]:
         """Plain pixels of the readable ones of some images.
 
         Args:
@@ -163,9 +165,9 @@ class Images:
 
     def stream(
         self,
-        plan: Iterable[npt.NDArray[np.int64]],
+        plan: Iterable[IntArray],
         key: Key | None = None,
-        spares: npt.NDArray[np.int64] | None = None,
+        spares: IntArray | None = None,
     ) -> "Stream":
         """The batches of a plan; decoding starts at once.
 
@@ -186,51 +188,42 @@ class Images:
             raise ValueError("a stream with a key needs images that were opened with augmentation")
         return Stream(self, iter(plan), key, spares)
 
-    def _keep_all(self) -> None:
-        """Decodes everything and lets the decoders go."""
-        everything = torch.zeros((len(self), 3, *self._size), dtype=torch.uint8)
-        self._readable = np.zeros(len(self), np.bool_)
-        rows = np.arange(len(self), dtype=np.int64)
-        for pixels, which in self.stream(rows[at : at + 64] for at in range(0, len(self), 64)):
-            everything[torch.from_numpy(which)] = pixels
-            self._readable[which] = True
-        self._memory = everything
-        self._decoders.close()
-        self.waited = 0.0
-
-    def _expect(self, which: npt.NDArray[np.int64], key: Key | None) -> _Pending:
-        """Asks for a batch."""
-        if self._memory is not None:
-            kept = self._memory[torch.from_numpy(which)]
-            bad = np.flatnonzero(~self._readable[which]).tolist()
-            return _Pending(which, kept.pin_memory() if self._pinned else kept, 0, bad)
+    def _expect(self, which: IntArray, key: Key | None) -> _Pending:
+        """Asks for a batch, as far as it is not in memory."""
         shape = (len(which), 3, *self._size)
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-        batch, step = _Pending(which, pixels, len(which)), self._decoders.rows_at_once
-        for first in range(0, len(which), step):
-            self._unsent.append((batch, first, min(first + step, len(which)), key))
+        slots = self._slots[which] if key is None else np.full(len(which), -1, np.int64)
+        held, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        if len(missing) == 0:
+            torch.index_select(self._kept, 0, torch.from_numpy(slots), out=pixels)
+        elif len(held):
+            pixels[torch.from_numpy(held)] = self._kept[torch.from_numpy(slots[held])]
+        batch, step = _Pending(which, pixels, len(missing)), self._decoders.rows_at_once
+        for first in range(0, len(missing), step):
+            self._unsent.append((batch, missing[first : first + step], key))
         self._send()
         return batch
 
     def _send(self) -> None:
         while self._unsent and self._decoders.has_room:
-            batch, first, last, key = self._unsent.popleft()
-            self._sent[self._decoders.send(batch.which[first:last], key)] = (batch, first)
+            task = self._unsent.popleft()
+            batch, places, key = task
+            self._sent[self._decoders.send(batch.which[places], key)] = task
 
     def _receive(self, wait: bool) -> None:
         """Copies what is decoded into the batches that wait for it."""
         for ticket, pixels, reasons in self._decoders.receive(wait):
-            batch, first = self._sent.pop(ticket)
+            batch, places, key = self._sent.pop(ticket)
             target = batch.pixels.numpy()
-            if not any(reasons) and isinstance(pixels, np.ndarray):
-                np.copyto(target[first : first + len(pixels)], pixels)
-            else:
-                for place, (item, reason) in enumerate(zip(pixels, reasons, strict=True), first):
-                    if reason:
-                        batch.bad.append(place)
-                        self.problems[self._paths[batch.which[place]]] = reason
-                    else:
-                        np.copyto(target[place], item)
+            for place, item, reason in zip(places.tolist(), pixels, reasons, strict=True):
+                row = int(batch.which[place])
+                if reason:
+                    batch.bad.append(place)
+                    self.problems[self._paths[row]] = reason
+                    continue
+                np.copyto(target[place], item)
+                if key is None:
+                    self._keep(row, item)
             batch.left -= len(reasons)
         self._send()
         if len(self.problems) > self._allowed:
@@ -241,13 +234,19 @@ class Images:
                 "max_unreadable"
             )
 
+    def _keep(self, row: int, pixels: npt.NDArray[np.uint8]) -> None:
+        if self._num_kept < len(self._kept) and self._slots[row] < 0:
+            np.copyto(self._kept[self._num_kept].numpy(), pixels)
+            self._slots[row] = self._num_kept
+            self._num_kept += 1
+
     def _wait_for(self, batch: _Pending) -> None:
         if self._sent or self._unsent:
             self._receive(wait=False)
         while batch.left:
             self._receive(wait=True)
 
-    def _substitute(self, batch: _Pending, key: Key | None, spares: npt.NDArray[np.int64]) -> None:
+    def _substitute(self, batch: _Pending, key: Key | None, spares: IntArray) -> None:
         """Fills the places of unreadable rows with others."""
         used = set(batch.which.tolist())
         while batch.bad:
@@ -273,7 +272,7 @@ class Images:
             batch.bad = [places[place] for place in found.bad]
 
 
-class Stream(Iterator[tuple[Tensor, npt.NDArray[np.int64]]]):
+class Stream(Iterator[tuple[Tensor, IntArray]]):
     """Batches in the order of a plan: (n, 3, H, W) uint8 pixels and their (n,) int64 rows.
 
     Attributes:
@@ -284,9 +283,9 @@ class Stream(Iterator[tuple[Tensor, npt.NDArray[np.int64]]]):
     def __init__(
         self,
         images: Images,
-        plan: Iterator[npt.NDArray[np.int64]],
+        plan: Iterator[IntArray],
         key: Key | None,
-        spares: npt.NDArray[np.int64] | None,
+        spares: IntArray | None,
     ) -> None:
         """See `Images.stream`."""
         self.rows, self.waited = 0, 0.0
@@ -297,7 +296,7 @@ class Stream(Iterator[tuple[Tensor, npt.NDArray[np.int64]]]):
         self._ahead = 4 * decoders.num_workers * decoders.rows_at_once
         self._fill()
 
-    def __next__(self) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    def __next__(self) -> tuple[Tensor, IntArray]:
         began = time.perf_counter()
         images = self._images
         self._fill()

@@ -71,7 +71,7 @@ class TrainingImages:
         options: TrainingImagesConfig,
         device: torch.device,
     ) -> None:
-        """Starts the workers, and decodes the images if they are kept in memory.
+        """Starts the workers.
 
         Args:
             root: folder or address that `paths` start from.
@@ -93,8 +93,8 @@ class TrainingImages:
             None if options.on_device else options,
             options,
             options.workers_for(device),
-            plain=options.decode,
             pinned=device.type == "cuda",
+            plain=options.decode,
         )
 
     def __len__(self) -> int:

@@ -158,23 +158,36 @@ def test_number_of_workers_follows_the_device() -> None:
     assert LoadingConfig(num_workers=3).workers_for(torch.device("cpu")) == 3
 
 
-def test_images_in_memory_are_those_of_the_files(root: Path) -> None:
+def test_images_in_memory_are_those_of_the_files(root: Path, tmp_path: Path) -> None:
     paths = [*paths_of(root)[:9], "missing.png"]
-    options = LoadingConfig(max_unreadable=0.2)
-    kept = Images(root, paths, SPEC, None, options, 0)
-    by_file = LoadingConfig(max_unreadable=0.2, ram_budget_gib=0.0)
-    with kept, Images(root, paths, SPEC, None, by_file, 0) as read:
-        assert kept.in_memory
-        assert not read.in_memory
-        for spares in (None, np.arange(10)):
-            batches = [np.array([3, 9, 0]), np.array([9, 8, 1])]
-            for one, other in zip(
-                kept.stream(batches, None, spares), read.stream(batches, None, spares), strict=True
-            ):
-                assert torch.equal(one[0], other[0])
-                assert np.array_equal(one[1], other[1])
-                assert len(one[1]) == (2 if spares is None else 3)
-        assert kept.problems == read.problems == {"missing.png": "missing"}
+    row_gib = 3 * 24 * 24 / 2**30
+    batches = [np.array([3, 9, 0]), np.array([9, 8, 1]), np.array([8, 2, 3])]
+    read = Images(root, paths, SPEC, None, LoadingConfig(max_unreadable=0.9, ram_budget_gib=0.0))
+    assert not read.in_memory
+    for room in (10, 4):
+        folder = tmp_path / str(room)
+        folder.mkdir()
+        for path in paths[:9]:
+            (folder / path).write_bytes((root / path).read_bytes())
+        options = LoadingConfig(max_unreadable=0.9, ram_budget_gib=(room + 0.1) * row_gib)
+        with Images(folder, paths, SPEC, None, options) as kept:
+            assert kept.in_memory == (room == 10)
+            for spares in (None, np.arange(10)):
+                for one, other in zip(
+                    kept.stream(batches, None, spares),
+                    read.stream(batches, None, spares),
+                    strict=True,
+                ):
+                    assert torch.equal(one[0], other[0])
+                    assert np.array_equal(one[1], other[1])
+            assert kept.problems == read.problems == {"missing.png": "missing"}
+            for path in paths[:9]:
+                (folder / path).unlink()
+            rows = np.array([3, 0, 8, 1, 2])
+            pixels, which = kept.take(rows)
+            assert len(which) == min(5, room)
+            assert torch.equal(pixels, read.take(which)[0])
+    read.close()
 
 
 def test_training_images_go_the_quick_or_the_full_way(root: Path) -> None:

@@ -110,6 +110,7 @@ class Projection(Adapter):
         image: (n, P) image features to (n, D).
         text: (n, P) text features to (n, D).
         logit_scale: () natural logarithm of the multiplier of cosines.
+        logit_bias: () what is added to them; sigmoid losses train it.
         dim: D.
     """
 
@@ -140,10 +141,14 @@ class Projection(Adapter):
         self.image = Head(config.image, width, hidden, dim, config.dropout)
         self.text = Head(config.text, width, hidden, dim, config.dropout)
         self.logit_scale = nn.Parameter(scale.detach().reshape(-1)[0].float().clone())
+        bias = getattr(towers.model, "logit_bias", None)
+        self.logit_bias = nn.Parameter(torch.zeros(()))
+        if isinstance(bias, Tensor):
+            self.logit_bias.data.copy_(bias.detach().reshape(-1)[0])
         self.dim = dim
 
     def state(self) -> dict[str, Tensor]:
-        """Weights of both heads, and the scale."""
+        """Weights of both heads, scale and bias."""
         return dict(self.named_parameters())
 
     def fold(self) -> None:

@@ -13,6 +13,7 @@ from featcache.adapters.vpt import VptConfig
 from featcache.backbones.adapted import AdaptedConfig
 from featcache.backbones.base import FeatureRequest
 from featcache.backbones.open_clip import OpenClipConfig
+from featcache.backbones.timm import TimmConfig
 from featcache.errors import BackboneError
 
 ARCHITECTURE = {
@@ -210,6 +211,36 @@ def test_the_folder_opens_as_the_trained_backbone(base, tmp_path, deep):
     half = opened.encode_image(pixels(), request)
     assert torch.allclose(half["projected"], found["projected"], atol=0.1)
     assert opened.model.visual.inserted_prompts.values.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit4"])  # class token; registers, no class
+@pytest.mark.parametrize("deep", [False, True])
+def test_timm_towers_put_prompts_behind_their_prefix_tokens(name, deep):
+    backbone = TimmConfig(model=name, pretrained="random:2").open()
+    towers, model = backbone.trainable(), backbone.model
+    with torch.no_grad():  # fresh blocks do almost nothing
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    adapter = VptConfig(num_tokens=3, deep=deep).attach(towers)
+    prompts, prefix = adapter.state()["prompts"], model.num_prefix_tokens
+    x = torch.randn(2, 3, *backbone.spec.pixels.size)
+    found = backbone.encode_image(x, FeatureRequest(projected=False, pooled=True, tokens=True))
+    plain = TimmConfig(model=name, pretrained="random:2").open().model
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "prompts" not in k})
+    with torch.no_grad():
+        sequence = plain._pos_embed(plain.patch_embed(x))
+        own = prompts[0].expand(2, -1, -1)
+        sequence = torch.cat([sequence[:, :prefix], own, sequence[:, prefix:]], 1)
+        sequence = plain.norm_pre(sequence)
+        for i, layer in enumerate(plain.blocks):
+            if i and deep:
+                sequence[:, prefix : prefix + 3] = prompts[i]
+            sequence = layer(sequence)
+        sequence = torch.cat([sequence[:, :prefix], sequence[:, prefix + 3 :]], 1)
+        expected = plain.forward_head(plain.norm(sequence), pre_logits=True)
+    assert torch.allclose(found["pooled"], expected, atol=1e-5)
+    assert torch.allclose(found["tokens"], sequence[:, prefix:], atol=1e-5)
+    assert torch.allclose(towers.encode_image(x), expected, atol=1e-5)
 
 
 def test_towers_without_patches_and_second_prompts_are_refused(tmp_path, base):

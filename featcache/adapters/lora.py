@@ -13,10 +13,10 @@ k chosen ones are stacked likewise.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from featcache.adapters.base import Adapter, AdapterConfig
@@ -48,6 +48,14 @@ class LoraConfig(AdapterConfig):
     positions: Positions | tuple[PositiveInt, ...] = "all"
     """Blocks that are changed: all, the last three (top3), a third (bottom, mid, up) or a half
     (half-bottom, half-up) of them counted from the input, or their numbers, 1 = the first."""
+
+    @field_validator("positions", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        """A name; the command line, where numbers are possible too, gives a list of one."""
+        if isinstance(value, list | tuple) and len(value) == 1 and value[0] in get_args(Positions):
+            return value[0]
+        return value
 
     @model_validator(mode="after")
     def _distinct(self) -> "LoraConfig":

@@ -188,3 +188,9 @@ class TestPositions:
         for options in ({"sites": ["q", "q"]}, {"sites": []}, {"positions": [1, 1]}):
             with pytest.raises(ConfigError, match="expected each once, and at least one"):
                 LoraConfig.from_values(options)
+
+    @pytest.mark.parametrize(
+        ("given", "expected"), [("top3", "top3"), ("2", (2,)), ("1,2", (1, 2)), ("all", "all")]
+    )
+    def test_on_the_command_line(self, given, expected):
+        assert LoraConfig.from_command_line(["--positions", given]).positions == expected

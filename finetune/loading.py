@@ -41,8 +41,8 @@ class LoadingConfig(Config):
     """How images become batches of pixels; nothing here changes what is in them but `decode`."""
 
     num_workers: NonNegativeInt | None = None
-    """Decoding processes; 0 = threads of the training's own process. Unset = one per further CPU
-    core (16 at most) if a GPU trains, otherwise 0."""
+    """Decoding processes of each training process; 0 = threads of its own. Unset = as many as CPU
+    cores are left (16 at most) if a GPU trains, otherwise 0."""
     num_readers: PositiveInt = 4
     """Decoding threads of a training without such processes."""
     ram_budget_gib: float = Field(default=4.0, ge=0.0)
@@ -61,7 +61,8 @@ class LoadingConfig(Config):
             return self.num_workers
         if device.type == "cpu":
             return 0
-        return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+        trainings = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
+        return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // trainings - 1))
 
 
 @dataclass

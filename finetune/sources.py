@@ -5,7 +5,6 @@ becomes a feature with gradients. Rows are counted in the parts (`heads.parts.Pa
 for.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from featcache.backbones.trainable import TrainableTowers
 from featcache.manifest import Manifest
 from finetune.augmentation import AugmentationConfig
 from finetune.loading import Images, LoadingConfig
+from finetune.training_images import TrainingImages
 from heads.parts import Part
 
 IntArray = npt.NDArray[np.int64]
@@ -73,7 +73,6 @@ class PixelSource:
         train: Part,
         augmentation: AugmentationConfig,
         loading: LoadingConfig,
-        ram_budget_gib: float,
         device: torch.device,
     ) -> None:
         """Starts the decoding workers.
@@ -85,66 +84,47 @@ class PixelSource:
             train: rows trained on.
             augmentation: how their images are varied.
             loading: how images are decoded.
-            ram_budget_gib: plain pixels of parts that are measured are kept up to this size, GiB.
             device: where inputs go.
         """
         self._towers, self._device, self._rows = towers, device, train.rows
-        self._size = spec.size
-        self._room = int(ram_budget_gib * 2**30)
-        self._held: dict[str, tuple[Tensor, IntArray]] = {}
-        workers, pinned = loading.workers_for(device), device.type == "cuda"
         root, paths = manifest.root, manifest.paths
-        self._varied = Images(root, paths, spec, augmentation, loading, workers, pinned)
-        # Measured on the pixels that extraction makes.
-        exact = loading.model_copy(update={"decode": "fast"})
-        self._exact = Images(root, paths, spec, None, exact, workers, pinned)
+        self._varied = TrainingImages(root, paths, spec, augmentation, loading, device)
+        # Measured on the pixels that extraction makes; where crops are made of whole images, the
+        # same workers make them.
+        self._exact, self._waited = self._varied.images, 0.0
+        if self._varied.on_device:
+            workers, pinned = loading.workers_for(device), device.type == "cuda"
+            self._exact = Images(root, paths, spec, None, loading, workers, pinned)
 
     @property
     def waited(self) -> float:
         """See `Source.waited`."""
-        return self._varied.waited
+        return self._waited
 
     @property
     def problems(self) -> dict[str, str]:
         """See `Source.problems`."""
-        return {**self._exact.problems, **self._varied.problems}
+        return {**self._exact.problems, **self._varied.images.problems}
 
     def augmented(
         self, plan: Sequence[IntArray], seed: int, epoch: int
     ) -> Iterator[tuple[Tensor, IntArray]]:
         """Varied pixels, every batch whole; see `Source.augmented`."""
         rows = [self._rows[which] for which in plan]
-        stream = self._varied.stream(rows, (seed, epoch), spares=self._rows)
-        for pixels, which in stream:
-            where = np.searchsorted(self._rows, which).astype(np.int64)
-            yield pixels.to(self._device, non_blocking=True), where
+        before = self._varied.images.waited
+        for batch in self._varied.stream(rows, (seed, epoch), spares=self._rows):
+            self._waited += self._varied.images.waited - before
+            where = np.searchsorted(self._rows, batch.which).astype(np.int64)
+            yield self._varied.inputs(batch), where
+            before = self._varied.images.waited
 
     def plain(self, part: Part, batch_size: int) -> Iterator[tuple[Tensor, IntArray]]:
         """Pixels as extraction makes them; see `Source.plain`."""
-        if part.name in self._held:
-            yield from self._from_memory(part.name, batch_size)
-            return
-        size = len(part) * 3 * math.prod(self._size)
-        kept: list[tuple[Tensor, IntArray]] = []
         bounds = range(0, len(part), batch_size)
         for pixels, which in self._exact.stream([part.rows[i : i + batch_size] for i in bounds]):
-            where = np.searchsorted(part.rows, which).astype(np.int64)
-            if size <= self._room:
-                kept.append((pixels, where))
-            if len(where):
+            if len(which):
+                where = np.searchsorted(part.rows, which).astype(np.int64)
                 yield pixels.to(self._device, non_blocking=True), where
-        if kept:
-            self._room -= size
-            self._held[part.name] = (
-                torch.cat([pixels for pixels, _ in kept]),
-                np.concatenate([where for _, where in kept]),
-            )
-
-    def _from_memory(self, name: str, batch_size: int) -> Iterator[tuple[Tensor, IntArray]]:
-        held, where = self._held[name]
-        for start in range(0, len(where), batch_size):
-            span = slice(start, start + batch_size)
-            yield held[span].to(self._device, non_blocking=True), where[span]
 
     def encode(self, inputs: Tensor) -> Tensor:
         """See `Source.encode`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor
 
 from featcache.adapter_folder import TENSORS, read_adapter, write_adapter
@@ -56,7 +56,7 @@ from heads.scoring import MetricsConfig
 RECORD = "train.json"
 """What a finished folder was made from."""
 
-_FREE = ("out", "restart", "device", "quiet", "loading", "ram_budget_gib")
+_FREE = ("out", "restart", "device", "quiet", "loading")
 """Options that do not change what is computed, but `loading.decode`."""
 
 
@@ -102,8 +102,6 @@ class TrainConfig(Config):
     """How training images are varied."""
     loading: LoadingConfig = LoadingConfig()
     """How images are read and decoded."""
-    ram_budget_gib: NonNegativeFloat = 4.0
-    """Decoded pixels of validation rows are kept in memory up to this size, GiB, 0 or more."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str | None = None
@@ -268,7 +266,6 @@ def _train(
             parts.train,
             config.augmentation,
             config.loading,
-            config.ram_budget_gib,
             device,
         )
     if not quiet:

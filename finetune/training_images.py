@@ -25,10 +25,6 @@ MARGIN = 1.125
 """Side of the squares that are kept, over the side that the tower takes: room for crops."""
 
 
-class TrainingImagesConfig(LoadingConfig, AugmentationConfig):
-    """How training images are read and varied."""
-
-
 @dataclass(frozen=True)
 class VariedBatch:
     """A batch before it goes to the device.
@@ -68,7 +64,8 @@ class TrainingImages:
         root: Where,
         paths: Sequence[str],
         spec: PixelSpec,
-        options: TrainingImagesConfig,
+        augmentation: AugmentationConfig,
+        loading: LoadingConfig,
         device: torch.device,
     ) -> None:
         """Starts the workers.
@@ -77,24 +74,25 @@ class TrainingImages:
             root: folder or address that `paths` start from.
             paths: N images.
             spec: pixels that the tower takes.
-            options: reading and variation.
+            augmentation: how they are varied.
+            loading: how they are decoded.
             device: where the tower is.
         """
-        self._spec, self._options, self._device = spec, options, device
-        self.on_device = options.on_device
+        self._spec, self._augmentation, self._device = spec, augmentation, device
+        self.on_device = augmentation.on_device
         kept = spec
-        if options.on_device and options.crops:
+        if self.on_device and augmentation.crops:
             height, width = spec.size
             kept = replace(spec, size=(math.ceil(height * MARGIN), math.ceil(width * MARGIN)))
         self.images = Images(
             root,
             paths,
             kept,
-            None if options.on_device else options,
-            options,
-            options.workers_for(device),
+            None if self.on_device else augmentation,
+            loading,
+            loading.workers_for(device),
             pinned=device.type == "cuda",
-            plain=options.decode,
+            plain=loading.decode if self.on_device else "fast",
         )
 
     def __len__(self) -> int:
@@ -138,7 +136,7 @@ class TrainingImages:
     def _varied(
         self, batches: Iterator[tuple[Tensor, npt.NDArray[np.int64]]], key: Key
     ) -> Iterator[VariedBatch]:
-        options = self._options
+        options = self._augmentation
         for pixels, which in batches:
             views = None
             if self.on_device and (options.crops or options.flip):

@@ -13,7 +13,7 @@ from featcache.backbones.base import PixelSpec
 from featcache.errors import DatasetError, UnreadableImagesError
 from finetune.augmentation import AugmentationConfig
 from finetune.loading import Images, LoadingConfig
-from finetune.training_images import TrainingImages, TrainingImagesConfig
+from finetune.training_images import TrainingImages
 
 SPEC = PixelSpec((24, 24), (0.5,) * 3, (0.5,) * 3)
 COLOURFUL = AugmentationConfig(min_area=0.2, brightness=0.4, policy="random", erasing=0.3)
@@ -192,11 +192,11 @@ def test_images_in_memory_are_those_of_the_files(root: Path, tmp_path: Path) -> 
 
 def test_training_images_go_the_quick_or_the_full_way(root: Path) -> None:
     cpu = torch.device("cpu")
-    quick = TrainingImagesConfig(min_area=0.7)
-    full = TrainingImagesConfig(min_area=0.7, max_aspect=4 / 3)
+    quick = AugmentationConfig(min_area=0.7)
+    full = AugmentationConfig(min_area=0.7, max_aspect=4 / 3)
     for options in (quick, full):
         assert options.on_device == (options is quick)
-        with TrainingImages(root, paths_of(root), SPEC, options, cpu) as images:
+        with TrainingImages(root, paths_of(root), SPEC, options, LoadingConfig(), cpu) as images:
             first, second = images.stream(plan(0)[:2], (0, 0)), images.stream(plan(0)[1:2], (0, 0))
             next(first)
             one, again = next(first), next(second)
@@ -210,9 +210,11 @@ def test_training_images_go_the_quick_or_the_full_way(root: Path) -> None:
             assert [len(piece) for piece in pieces] == [3, 2, 2]
             joined = torch.cat([images.inputs(piece) for piece in pieces])
             torch.testing.assert_close(joined, inputs)
-    same = TrainingImagesConfig(min_area=1.0, flip=False, decode="fast")
+    same = AugmentationConfig(min_area=1.0, flip=False)
     with (
-        TrainingImages(root, paths_of(root), SPEC, same, cpu) as images,
+        TrainingImages(
+            root, paths_of(root), SPEC, same, LoadingConfig(decode="fast"), cpu
+        ) as images,
         opened(root, 0, augmentation=None) as plain,
     ):
         batch = next(images.stream(plan(0), (0, 0)))

@@ -16,6 +16,7 @@ from featcache.prompts import choose_zero_shot, expand, format_prompts
 from finetune.examples import Material
 from finetune.initial_head import initial_head
 from finetune.objective import ClassText, Objective, ObjectiveName
+from finetune.recompute import recompute_blocks
 from finetune.sources import Source
 from finetune.tuning import ClassifierConfig, TextConfig
 from heads.losses.base import ClassStatistics, LossConfig
@@ -165,13 +166,16 @@ def checkpoint_blocks(towers: TrainableTowers) -> None:
         ConfigError: if the towers have no blocks.
     """
     blocks = [block for tower in towers.blocks.values() for block in tower if block.name]
-    modules = [towers.model.get_submodule(block.name) for block in blocks]
-    if not modules:
+    names = {block.name for block in towers.blocks.get("image", ()) if block.name}
+    if not names and hasattr(towers.model, "set_grad_checkpointing"):
+        recompute_blocks(towers.model)  # residual networks
+        return
+    if not blocks:
         raise ConfigError(
             f"optim.checkpoint_blocks: {towers.name} has no transformer blocks; leave it out"
         )
-    for module in modules:
-        _checkpointed(module)
+    for block in blocks:
+        _checkpointed(towers.model.get_submodule(block.name))
 
 
 def _checkpointed(module: nn.Module) -> None:

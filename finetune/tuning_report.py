@@ -38,7 +38,7 @@ def write_report(
     config: Mapping[str, Any],
     options: MetricsConfig,
 ) -> None:
-    """Writes `report.html` and `curves.png`.
+    """Writes `report.html`, and `curves.png` of a training with validation.
 
     Args:
         folder: result folder, with the head's run folder in it.
@@ -60,13 +60,15 @@ def write_report(
     columns = [(one.name, one.scores.metrics, one.scores.intervals) for one in scored]
     if frozen is not None:
         columns += [(f"{role}, frozen", found, {}) for role, found in frozen.metrics.items()]
-    draw_curves(history, folder / "curves.png", name, metric, int(values["best_epoch"]))
     shown = [
         compare_section(values, frozen),
         sections.metric_section(columns, options.confidence, main.scores.draws),
-        sections.curve_section(history, metric, int(values["best_epoch"])),
-        sections.class_section(main, classes, options.shot_boundaries),
     ]
+    if values["selected_on"] == "val":  # without validation there is nothing to draw over epochs
+        best = int(values["best_epoch"])
+        draw_curves(history, folder / "curves.png", name, metric, best)
+        shown.append(sections.curve_section(history, metric, best))
+    shown.append(sections.class_section(main, classes, options.shot_boundaries))
     if main.outputs.rows is not None:
         shown.append(sections.confusion_section(main, classes, taxa=False))
     if calibration is not None:

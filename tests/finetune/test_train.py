@@ -2,17 +2,28 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from featcache import extract
+from featcache.errors import ConfigError
 from featcache.extract_config import ExtractConfig
+from finetune import tuning_loop
+from finetune.initial_head import class_order
 from finetune.train import TrainConfig, run
 from heads import evaluate, predict
+from heads.run_folder import load_run
+from heads.train import TrainConfig as HeadTrainConfig
+from heads.train import run as train_head
+
+from ..together import run_together
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -61,6 +72,10 @@ def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "out"
     run(config(toy, out))
     return out
+
+
+def history_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
 def metrics_of(out: Path) -> dict[str, Any]:
@@ -114,3 +129,169 @@ def test_head_folder_predicts_and_evaluates_as_training_reported(
             evaluate.EvaluateConfig(run=trained / "head", cache=tmp_path / "cache", split=split)
         )
         assert scores.metrics["top1"] == values[f"{split}_acc_cls"]
+
+
+def test_two_processes_train_as_one(toy: Path, tmp_path: Path) -> None:
+    options = {"optim": {"epochs": 2, "batch_size": 20, "accumulate": 2}, "adapter": "lora"}
+    run(config(toy, tmp_path / "one", **options))
+    file = tmp_path / "two.yaml"
+    file.write_text(config(toy, tmp_path / "two", **options).to_yaml())
+    first, second = run_together(2, "-m", "finetune.train", "--config", str(file))
+    assert (first[2], second[2]) == (0, 0), first[1] + second[1]
+    assert "written to" in first[0]
+    assert second[0] == "", "only the first process speaks"
+    for one, two in zip(history_of(tmp_path / "one"), history_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "class_loss", "text_loss", "val_loss", "val_top1"):
+            assert two[name] == pytest.approx(one[name], rel=1e-6), name
+    one, two = (load_file(tmp_path / run / "adapter.safetensors") for run in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=1e-4)
+
+
+def test_interrupted_it_goes_on_bit_for_bit(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout and crops included; nothing of the first attempt but its state is used."""
+    options = {"adapter": {"kind": "lora", "dropout": 0.3}}
+    run(config(toy, tmp_path / "whole", **options))
+    save = tuning_loop.Fit.save
+
+    def save_then_die(self: tuning_loop.Fit, path: Path) -> None:
+        save(self, path)
+        if len(self.history) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning_loop.Fit, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(toy, tmp_path / "cut", **options))
+    monkeypatch.undo()
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(ConfigError, match="optim"):
+        run(config(toy, tmp_path / "cut", **options, optim={"lr": 0.5}))
+    run(config(toy, tmp_path / "cut", **options))
+    for name in ("adapter.safetensors", "head/head.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    timed = {"seconds", "images_per_second", "waiting"}
+    whole, cut = history_of(tmp_path / "whole"), history_of(tmp_path / "cut")
+    for one, two in zip(whole, cut, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in two.items() if k not in timed
+        }
+    assert run(config(toy, tmp_path / "cut", **options)).reused
+
+
+def test_head_begins_at_the_one_trained_on_the_cache_and_both_are_compared(
+    toy: Path, tmp_path: Path
+) -> None:
+    """Classes are brought into order by name; without steps the frozen head's figures come out."""
+    cache = tmp_path / "cache"
+    common = {"precision": "fp32", "device": "cpu", "features": {"storage_dtype": "float32"}}
+    base = {"model": str(toy / "finetune-toy.json"), "pretrained": "random:3"}
+    dataset = {"kind": "table", "file": str(toy / "toy.csv")}
+    extract.run(
+        ExtractConfig.model_validate(
+            {"dataset": dataset, "backbone": base, "cache": str(cache), **common}
+        )
+    )
+    frozen = train_head(
+        HeadTrainConfig(cache=cache, run=tmp_path / "head", quiet=True, device="cpu", report=False)
+    )
+    changes = {
+        "dataset": None,
+        "backbone": None,
+        "adapter": "linear",
+        "init_head": str(tmp_path / "head"),
+        "optim": {"epochs": 1},
+        "head": {"lr": 1e-12},
+    }
+    report = run(config(toy, tmp_path / "same", cache=str(cache), **changes))
+    for part in ("val", "test"):
+        assert report.metrics[f"{part}_acc_cls"] == frozen.metrics[part]["top1"]
+    assert report.metrics["frozen"]["accuracy"]["test"] >= 0
+    assert report.metrics["frozen"]["extraction_images"] == 72
+    page = (tmp_path / "same" / "report.html").read_text()
+    for text in ("Frozen and adapted", "What it cost", "encoding a new image", "Confusion"):
+        assert text in page
+    record = json.loads((tmp_path / "head" / "head.json").read_text())
+    names = record["classes"]["name"]
+    assert names == sorted(names)
+    turned = np.asarray(["red", "green", "blue"])
+    order = class_order(load_run(tmp_path / "head"), turned.tolist())
+    assert np.asarray(names)[order.numpy()].tolist() == turned.tolist()
+    with pytest.raises(ConfigError, match="'pink' is not in the head"):
+        class_order(load_run(tmp_path / "head"), ["red", "green", "pink"])
+
+
+def test_last_blocks_train_on_cached_tokens_without_pixels(toy: Path, tmp_path: Path) -> None:
+    cache, folder = tmp_path / "cache", tmp_path / "copy"
+    shutil.copytree(toy, folder)
+    base = {"model": str(toy / "finetune-toy.json"), "pretrained": "random:3"}
+    dataset = {"kind": "table", "file": str(folder / "toy.csv")}
+    features = {"tokens": "before_last:1", "storage_dtype": "float32"}
+    extract.run(
+        ExtractConfig.model_validate(
+            {
+                "dataset": dataset,
+                "backbone": base,
+                "cache": str(cache),
+                "precision": "fp32",
+                "device": "cpu",
+                "features": features,
+            }
+        )
+    )
+    shutil.rmtree(folder)
+    changes = {"dataset": None, "backbone": None, "adapter": "last_blocks", "cache": str(cache)}
+    report = run(config(toy, tmp_path / "out", **changes))
+    assert report.metrics["test_acc_cls"] > 0.9
+    scores = predict.run(
+        predict.PredictConfig(
+            run=tmp_path / "out" / "head", images=toy, out=tmp_path / "p.csv", quiet=True
+        )
+    ).table.set_index("id")["class_1"]
+    right = [scores[f"{row}.png"] == list(COLORS)[row % 3] for row in range(60, 72)]
+    assert np.mean(right) == report.metrics["test_acc_cls"]
+
+
+def test_several_labels_and_class_names_alone(toy: Path, tmp_path: Path) -> None:
+    table = (toy / "toy.csv").read_text().replace("label", "labels").replace("red,", "red|warm,")
+    (toy / "several.csv").write_text(table)
+    several = {"kind": "table", "file": str(toy / "several.csv"), "label_separator": "|"}
+    report = run(config(toy, tmp_path / "several", dataset=several))
+    assert report.metrics["metric"] == "map"
+    assert report.metrics["test_acc_cls"] > 0.9
+    assert 0 < report.metrics["test_acc_txt"] <= 1
+    alone = run(
+        config(
+            toy,
+            tmp_path / "alone",
+            objective="image_text",
+            val_split="none",
+            optim={"lr": 1e-3, "steps": 9, "batch_size": 16, "final_lr": 1e-6},
+        )
+    )
+    assert "test_acc_cls" not in alone.metrics
+    assert "val_acc_txt" not in alone.metrics
+    assert alone.metrics["steps"] == 9
+    assert alone.metrics["best_epoch"] == 3
+    head = load_run(tmp_path / "alone" / "head")
+    assert head.config.kind == "linear"
+    own = json.loads((tmp_path / "alone" / "head" / "metrics.json").read_text())
+    assert own["test"]["top1"] == alone.metrics["test_acc_txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "image_text", "adapter": "linear"}, "nothing to train"),
+        ({"objective": "image_text", "init_head": "x"}, "init_head is given"),
+        ({"dataset": None}, "dataset is unset, and there is no cache"),
+        ({"adapter": "projection"}, "finetune.project"),
+        ({"inputs": "tokens"}, "needs a cache"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    toy: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(toy, tmp_path / "out", **changes)

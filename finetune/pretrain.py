@@ -10,9 +10,8 @@ reached is in `OUT.partial`; the same command goes on from there, bit for bit.
 """
 
 import json
-import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -32,13 +31,15 @@ from featcache.errors import ConfigError
 from featcache.manifest import Manifest
 from featcache.precision import fastest_precision
 from finetune.architectures import image_size, tokenizer, with_logits
-from finetune.data import ImagesConfig, ImageStore, Pairs, pairs_of, pixel_statistics
+from finetune.augmentation import AugmentationConfig
 from finetune.gradient_cache import batch_norms
+from finetune.loading import Images, LoadingConfig
 from finetune.losses import AnyPairLoss
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.optim import AdamWConfig
 from finetune.output import RECORD, is_finished, read_json, resumable, write_json
 from finetune.pair_stream import PairStream
+from finetune.pairs import Pairs, pairs_of
 from finetune.parallel import Strategy
 from finetune.pretrain_checkpoint import (
     checkpoints,
@@ -51,6 +52,7 @@ from finetune.pretrain_pictures import draw_curves
 from finetune.recompute import recompute_blocks
 from finetune.starting_weights import Start, start_of
 from finetune.text import TokenTable, UsedVocabulary, can_shorten
+from finetune.training_images import TrainingImages
 from finetune.validation import Validation
 from heads.distributed import Group, ending_at_once, group_for
 from heads.run_folder import write_history
@@ -61,8 +63,8 @@ NORMALIZATIONS = {
 }
 """Mean and standard deviation per channel, in units of 0..1."""
 
-MARGIN = 1.125
-"""Side of the training pixels that are kept, over the side that the tower takes: room for crops."""
+SAMPLE = 2048
+"""Images that the statistics of a dataset are taken from."""
 
 
 class PretrainConfig(Config):
@@ -103,8 +105,13 @@ class PretrainConfig(Config):
     """Loss on the pairs of a batch: info_nce or siglip."""
     optim: AdamWConfig = AdamWConfig()
     """Optimizer and schedule."""
-    images: ImagesConfig = ImagesConfig()
-    """Reading and augmentation of the training images."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """How training images are varied."""
+    loading: LoadingConfig = LoadingConfig()
+    """How images are read."""
+    normalization: Literal["clip", "coco", "dataset"] = "clip"
+    """Channel mean and deviation: CLIP's own (or what the weights in `init` were trained with),
+    those of COCO's images, or those of the training images."""
     prompt: str = "a photo of a {name}."
     """Zero-shot prompt of validation; may name any column of the class table."""
     validate_every: NonNegativeInt = 3
@@ -225,8 +232,7 @@ def _pretrain(
             f"batch_size: {config.batch_size} images a step, but {config.train_split} has only "
             f"{len(pairs)} images with captions; lower batch_size"
         )
-    spec = _pixels(config, start, size)
-    kept = (math.ceil(size[0] * MARGIN), math.ceil(size[1] * MARGIN))
+    spec = _pixels(config, start, size, pairs)
     texts = TokenTable.of(pairs.texts, tokenize)
     tables = [texts]
     validation = None
@@ -237,20 +243,17 @@ def _pretrain(
     if can_shorten(model) and config.strategy == "ddp":
         vocabulary = UsedVocabulary(model, np.concatenate([t.ids.ravel() for t in tables]))
         tables = [vocabulary.compact(table) for table in tables]
-    with ImageStore(
-        pairs.root, pairs.paths, replace(spec, size=kept), "scaled", config.images
-    ) as store:
-        if config.images.normalization == "dataset":
-            mean, std = pixel_statistics(store, config.seed)
-            spec = replace(spec, mean=mean, std=std)
+    with TrainingImages(
+        pairs.root, pairs.paths, spec, config.augmentation, config.loading, device
+    ) as images:
         if config.val_split and group.leads:
             validation = Validation.open(
-                manifest, config.val_split, tables[1], tables[2], spec, config.images, device
+                manifest, config.val_split, tables[1], tables[2], spec, config.loading, device
             )
         training = Training(
             model,
             tables[0],
-            spec,
+            images,
             config.loss,
             config.optim,
             group=group,
@@ -258,12 +261,12 @@ def _pretrain(
             precision=precision,
             accumulate=config.accumulate,
         )
-        progress = Progress()
+        progress, problems = Progress(), images.images.problems
         if held := group.follow(checkpoints(folder)):
             progress, known = read_checkpoint(held[-1], training, vocabulary)
-            store.problems.update(known)
+            problems.update(known)
         if group.leads:
-            _tell(config, start, training, pairs, precision, store, progress)
+            _tell(config, start, training, pairs, precision, images, progress)
 
         def save(progress: Progress) -> None:
             write_checkpoint(
@@ -274,7 +277,7 @@ def _pretrain(
                 architecture,
                 spec,
                 config.keep_checkpoints,
-                store.problems,
+                problems,
             )
 
         def validate() -> dict[str, float]:
@@ -297,10 +300,8 @@ def _pretrain(
         )
         stream = PairStream(
             pairs,
-            store,
+            images,
             batch_size=config.batch_size,
-            min_area=config.images.min_area,
-            flip=config.images.flip,
             seed=config.seed,
             group=group,
             first_step=progress.step,
@@ -326,7 +327,7 @@ def _pretrain(
         )
         weights = weights_of(training, vocabulary)
     if group.leads:
-        for path, reason in list(store.problems.items())[:10]:
+        for path, reason in list(problems.items())[:10]:
             print(f"unreadable, left out: {path}: {reason}")
         save_local_dir(folder, weights, architecture, spec)
         draw_curves(
@@ -341,16 +342,31 @@ def _pretrain(
                 shutil.rmtree(checkpoint)
     if validation is not None:
         validation.images.close()
-    return _summary(config, progress, len(pairs), store, device)
+    return _summary(config, progress, len(pairs), problems, device)
 
 
-def _pixels(config: PretrainConfig, start: Start, size: tuple[int, int]) -> PixelSpec:
+def _pixels(config: PretrainConfig, start: Start, size: tuple[int, int], pairs: Pairs) -> PixelSpec:
     """Preprocessing of the towers; what the weights were trained with, if there are any."""
-    if start.pixels is not None and config.images.normalization == "clip":
+    if start.pixels is not None and config.normalization == "clip":
         return start.pixels
-    mean, std = NORMALIZATIONS.get(config.images.normalization, NORMALIZATIONS["clip"])
-    base = start.pixels or PixelSpec(size, mean, std)
-    return replace(base, mean=mean, std=std)
+    mean, std = NORMALIZATIONS.get(config.normalization, NORMALIZATIONS["clip"])
+    spec = replace(start.pixels or PixelSpec(size, mean, std), mean=mean, std=std)
+    if config.normalization == "dataset":
+        found = _statistics(pairs, spec, config)
+        spec = replace(spec, mean=found[0], std=found[1])
+    return spec
+
+
+def _statistics(
+    pairs: Pairs, spec: PixelSpec, config: PretrainConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel of at most `SAMPLE` training images, in units of 0..1."""
+    which = np.sort(np.random.default_rng(config.seed).permutation(len(pairs))[:SAMPLE])
+    with Images(pairs.root, pairs.paths, spec, None, config.loading) as images:
+        pixels, _ = images.take(which)
+    values = pixels.transpose(0, 1).flatten(1).double() / 255.0
+    mean, std = values.mean(dim=1), values.std(dim=1).clamp(min=1e-3)
+    return tuple(mean.round(decimals=6).tolist()), tuple(std.round(decimals=6).tolist())
 
 
 def _tell(
@@ -359,7 +375,7 @@ def _tell(
     training: Training,
     pairs: Pairs,
     precision: str,
-    store: ImageStore,
+    images: TrainingImages,
     progress: Progress,
 ) -> None:
     num_parameters = sum(parameter.numel() for parameter in training.model.parameters())
@@ -367,7 +383,7 @@ def _tell(
     print(
         f"{start.name}: {num_parameters / 1e6:.2f} M parameters in training, {precision} on "
         f"{training.group.device}{together}; {len(pairs)} images, {len(pairs.texts)} distinct "
-        f"captions, {'decoded in memory' if store.in_memory else 'decoded batch by batch'}"
+        f"captions, {'kept in memory' if images.images.in_memory else 'decoded batch by batch'}"
     )
     if pairs.num_without:
         print(f"{pairs.num_without} images of {config.train_split} have no caption: left out")
@@ -390,8 +406,8 @@ def _record(
         del record[name]
     for name in ("architecture", "init", "strategy"):  # what they lead to is told by the rest
         del record[name]
-    for name in ("ram_budget_gib", "num_readers"):
-        del record["images"][name]
+    for name in ("ram_budget_gib", "num_readers", "num_workers"):
+        del record["loading"][name]
     values = {
         "config": record,
         "dataset": manifest.identity.record(),
@@ -406,21 +422,21 @@ def _summary(
     config: PretrainConfig,
     progress: Progress,
     num_images: int,
-    store: ImageStore,
+    problems: Mapping[str, str],
     device: torch.device,
 ) -> dict[str, Any]:
     last = progress.history[-1]
     metrics = {
         "steps": last["step"],
         "epochs": last["epoch"],
-        "images": num_images - len(store.problems),
+        "images": num_images - len(problems),
         "images_per_second": last["images_per_second"],
         "waited": last["waited"],
         "seconds": progress.seconds,
         "loss": last["loss"],
         "loss_of_chance": config.loss.of_chance(config.batch_size),
         "logit_scale": last["logit_scale"],
-        "unreadable": dict(store.problems),
+        "unreadable": dict(problems),
     }
     if "logit_bias" in last:
         metrics["logit_bias"] = last["logit_bias"]

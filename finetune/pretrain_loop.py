@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featcache.backbones.base import PixelSpec
 from finetune.checkpoint import seed_all
-from finetune.data import normalize, view
 from finetune.gradient_cache import contrastive_step
 from finetune.losses import PairLossConfig
 from finetune.optim import AdamWConfig
 from finetune.pair_stream import Batch, PairStream
 from finetune.parallel import PairTowers, Spread, Strategy, clip_norm, spread
 from finetune.text import TokenTable, encode_text
+from finetune.training_images import TrainingImages
 from heads.distributed import Group
 from heads.optim import set_lr
 from heads.progress import duration
@@ -98,7 +97,7 @@ class Training:
         self,
         model: nn.Module,
         texts: TokenTable,
-        spec: PixelSpec,
+        images: TrainingImages,
         loss: PairLossConfig,
         optim: AdamWConfig,
         *,
@@ -112,7 +111,7 @@ class Training:
         Args:
             model: on the group's device, in training mode.
             texts: token ids of all captions.
-            spec: size and normalisation of the pixels that the image tower takes.
+            images: makes batches into what the image tower takes.
             loss: on the features of a batch.
             optim: optimizer.
             group: the processes.
@@ -121,7 +120,7 @@ class Training:
             accumulate: pieces in which a process encodes its rows of a batch.
         """
         self.model, self.group, self.strategy = model, group, strategy
-        self.texts, self.spec, self.loss, self.optim = texts, spec, loss, optim
+        self.texts, self.images, self.loss, self.optim = texts, images, loss, optim
         self.accumulate = accumulate
         apart = [one for one in (model.logit_scale, self.bias) if isinstance(one, nn.Parameter)]
         self.towers: Spread = spread(
@@ -162,8 +161,7 @@ class Training:
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(b, P) image and text features, L2-normalised float32."""
         device = self.group.device
-        pixels = view(batch.pixels.to(device, non_blocking=True), batch.views, self.spec.size)
-        pixels = normalize(pixels, self.spec.mean, self.spec.std)
+        pixels = self.images.inputs(batch.images)
         # Equal captions are encoded once.
         distinct, place = np.unique(batch.caption_ids, return_inverse=True)
         tokens = self.texts.rows(distinct).to(device)

@@ -1,8 +1,7 @@
 """How good a dual encoder is: zero-shot top-1, and retrieval between images and captions."""
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +14,10 @@ from featcache.backbones.base import PixelSpec
 from featcache.errors import ConfigError
 from featcache.manifest import Manifest
 from finetune.architectures import Tokenizer
-from finetune.data import ImagesConfig, ImageStore, Pairs, normalize, pairs_of
+from finetune.loading import Images, LoadingConfig
+from finetune.pairs import Pairs, pairs_of
 from finetune.text import TokenTable, encode_text
+from finetune.training_images import normalize
 
 ROWS_AT_A_TIME = 1024
 """Rows whose similarities are held at once."""
@@ -37,7 +38,7 @@ class Validation:
     """
 
     pairs: Pairs
-    images: ImageStore
+    images: Images
     texts: TokenTable
     prompts: TokenTable
     spec: PixelSpec
@@ -60,13 +61,14 @@ class Validation:
         texts: TokenTable,
         prompts: TokenTable,
         spec: PixelSpec,
-        options: ImagesConfig,
+        options: LoadingConfig,
         device: torch.device,
         batch_size: int = 256,
     ) -> "Validation":
         """The split of a dataset; texts and prompts are those of `tables`."""
         pairs = pairs_of(manifest, split)
-        images = ImageStore(pairs.root, pairs.paths, spec, "fast", options)
+        workers = options.workers_for(device)
+        images = Images(pairs.root, pairs.paths, spec, None, options, workers)
         return cls(pairs, images, texts, prompts, spec, device, batch_size)
 
     @torch.inference_mode()
@@ -79,22 +81,29 @@ class Validation:
         """
         was_training = model.training
         model.eval()
+        device = self.device
         readable: list[npt.NDArray[np.int64]] = []
 
-        def encode_images(which: npt.NDArray[np.int64]) -> Tensor:
-            pixels, kept = self.images.take(which)
-            readable.append(kept)
-            pixels = normalize(pixels.to(self.device), self.spec.mean, self.spec.std)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            return cast(Tensor, model.encode_image(pixels))  # type: ignore[operator]
+        def encode_images() -> Iterator[Tensor]:
+            rows = np.arange(len(self.pairs))
+            starts = range(0, len(rows), self.batch_size)
+            for pixels, kept in self.images.stream(
+                rows[start : start + self.batch_size] for start in starts
+            ):
+                readable.append(kept)
+                pixels = normalize(pixels.to(self.device), self.spec.mean, self.spec.std)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+                yield model.encode_image(pixels)  # type: ignore[operator]
 
         def encode_texts(table: TokenTable) -> Tensor:
-            def encoder(which: npt.NDArray[np.int64]) -> Tensor:
-                return encode_text(model, table.rows(which).to(self.device))
+            which = np.arange(len(table.lengths))
+            starts = range(0, len(which), self.batch_size)
+            return normalized(
+                encode_text(model, table.rows(which[start : start + self.batch_size]).to(device))
+                for start in starts
+            )
 
-            return encode(encoder, len(table.lengths), self.batch_size)
-
-        images = encode(encode_images, len(self.pairs), self.batch_size)
+        images = normalized(encode_images())
         rows = np.concatenate(readable)
         metrics: dict[str, float] = {}
         labels = self.pairs.labels[rows]
@@ -126,22 +135,9 @@ def class_prompts(classes: pd.DataFrame, template: str) -> list[str]:
         ) from None
 
 
-@torch.inference_mode()
-def encode(
-    encoder: Callable[[npt.NDArray[np.int64]], Tensor], count: int, batch_size: int
-) -> Tensor:
-    """(count, P) float32 L2-normalised features of items 0..count-1, encoded batch by batch.
-
-    Args:
-        encoder: (n,) indices to (n, P) features.
-        count: number of items.
-        batch_size: items per call.
-    """
-    parts = [
-        F.normalize(encoder(np.arange(start, min(start + batch_size, count))).float(), dim=-1)
-        for start in range(0, count, batch_size)
-    ]
-    return torch.cat(parts)
+def normalized(features: Iterable[Tensor]) -> Tensor:
+    """(N, P) float32 L2-normalised rows of features that come in parts."""
+    return torch.cat([F.normalize(part.float(), dim=-1) for part in features])
 
 
 def zero_shot_top1(

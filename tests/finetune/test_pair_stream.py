@@ -9,11 +9,13 @@ from PIL import Image
 
 from featcache.backbones.base import PixelSpec
 from featcache.errors import UnreadableImagesError
-from finetune.data import ImagesConfig, ImageStore, Pairs
+from finetune.augmentation import AugmentationConfig
+from finetune.loading import LoadingConfig
 from finetune.pair_stream import Batch, PairStream
+from finetune.pairs import Pairs
+from finetune.training_images import TrainingImages
 from heads.distributed import Group
 
-SPEC = PixelSpec((8, 8), (0.5,) * 3, (0.5,) * 3)
 CPU = torch.device("cpu")
 
 
@@ -35,13 +37,15 @@ def _pairs(root: Path, captions: list[list[str]]) -> Pairs:
     )
 
 
-def _store(pairs: Pairs, **options: float) -> ImageStore:
-    return ImageStore(pairs.root, pairs.paths, SPEC, "fast", ImagesConfig(num_readers=2, **options))
+def _images(pairs: Pairs, **options: float) -> TrainingImages:
+    loading = LoadingConfig(num_readers=2, **options)
+    # Kept squares are one and an eighth times as large: as large as the pictures.
+    spec = PixelSpec((7, 7), (0.5,) * 3, (0.5,) * 3)
+    return TrainingImages(pairs.root, pairs.paths, spec, AugmentationConfig(), loading, CPU)
 
 
 def _stream(
     pairs: Pairs,
-    store: ImageStore,
     num_steps: int,
     *,
     first: int = 0,
@@ -49,34 +53,33 @@ def _stream(
     size: int = 1,
     seed: int = 0,
     batch_size: int = 4,
-) -> list[Batch]:
-    stream = PairStream(
-        pairs,
-        store,
-        batch_size=batch_size,
-        min_area=0.5,
-        flip=True,
-        seed=seed,
-        group=Group(rank, size, CPU),
-        first_step=first,
-        num_steps=num_steps,
-    )
-    return list(stream)
+    **options: float,
+) -> tuple[list[Batch], dict[str, str]]:
+    """The batches, and the images found unreadable."""
+    with _images(pairs, **options) as images:
+        stream = PairStream(
+            pairs,
+            images,
+            batch_size=batch_size,
+            seed=seed,
+            group=Group(rank, size, CPU),
+            first_step=first,
+            num_steps=num_steps,
+        )
+        return list(stream), images.images.problems
 
 
 def _rows(batch: Batch) -> list[int]:
-    return [int(value) // 20 for value in batch.pixels[:, 0, 0, 0]]
+    return [int(value) // 20 for value in batch.images.pixels[:, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.0])
 def test_f31_every_batch_has_the_same_number_of_negatives(tmp_path: Path, budget: float) -> None:
     pairs = _pairs(tmp_path, [[str(row)] for row in range(10)])
-    store = _store(pairs, ram_budget_gib=budget)
-    assert store.in_memory == (budget > 0)
-    seen = _stream(pairs, store, 6)
+    seen, _ = _stream(pairs, 6, ram_budget_gib=budget)
     assert [batch.epoch for batch in seen] == [0, 0, 1, 1, 2, 2]
     for batch in seen:
-        assert batch.pixels.shape == (4, 3, 8, 8)
+        assert batch.images.pixels.shape == (4, 3, 8, 8)
         assert len(set(_rows(batch))) == 4  # distinct images
         assert [int(pairs.texts[i]) for i in batch.caption_ids] == _rows(batch)
     for first, second in ((0, 1), (2, 3), (4, 5)):
@@ -86,39 +89,38 @@ def test_f31_every_batch_has_the_same_number_of_negatives(tmp_path: Path, budget
     assert left_out[0] != left_out[1] or left_out[1] != left_out[2]
 
 
-def _same(one: Batch, other: Batch) -> bool:
+def _same(one: Batch, *others: Batch) -> bool:
+    """Whether a batch is the others one after the other."""
+    views = [batch.images.views for batch in (one, *others)]
+    assert all(view is not None for view in views)
     return (
-        torch.equal(one.pixels, other.pixels)
-        and torch.equal(one.views, other.views)
-        and one.caption_ids.tolist() == other.caption_ids.tolist()
+        torch.equal(one.images.pixels, torch.cat([other.images.pixels for other in others]))
+        and torch.equal(views[0], torch.cat(views[1:]))
+        and one.caption_ids.tolist() == [i for other in others for i in other.caption_ids]
     )
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.0])
 def test_a_stream_may_begin_anywhere(tmp_path: Path, budget: float) -> None:
     pairs = _pairs(tmp_path, [["a", "b", "c"]] * 10)
-    store = _store(pairs, ram_budget_gib=budget)
-    whole = _stream(pairs, store, 7)
-    for first in (1, 2, 5):
-        rest = _stream(pairs, store, 7, first=first)
+    whole, _ = _stream(pairs, 7, ram_budget_gib=budget)
+    for first in (1, 2, 5, 7):
+        rest, _ = _stream(pairs, 7, first=first, ram_budget_gib=budget)
         assert all(_same(a, b) for a, b in zip(rest, whole[first:], strict=True)), first
-    assert not _same(whole[0], _stream(pairs, store, 1, seed=1)[0])
+    assert not _same(whole[0], _stream(pairs, 1, seed=1)[0][0])
 
 
 def test_processes_share_the_batches_of_one(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, [["a", "b", "c"]] * 10)
-    store = _store(pairs)
-    alone = _stream(pairs, store, 6)
-    shares = [_stream(pairs, store, 6, rank=rank, size=2) for rank in range(2)]
+    alone, _ = _stream(pairs, 6)
+    shares = [_stream(pairs, 6, rank=rank, size=2)[0] for rank in range(2)]
     for batch, left, right in zip(alone, *shares, strict=True):
-        assert torch.equal(batch.pixels, torch.cat([left.pixels, right.pixels]))
-        assert torch.equal(batch.views, torch.cat([left.views, right.views]))
-        assert batch.caption_ids.tolist() == [*left.caption_ids, *right.caption_ids]
+        assert _same(batch, left, right)
 
 
 def test_one_caption_an_image_and_epoch_all_of_them_in_time(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, [["a", "b", "c"]] * 4)
-    drawn = np.concatenate([b.caption_ids for b in _stream(pairs, _store(pairs), 30)])
+    drawn = np.concatenate([batch.caption_ids for batch in _stream(pairs, 30)[0]])
     shares = np.bincount(drawn, minlength=3) / len(drawn)
     assert shares.min() > 0.2
 
@@ -133,9 +135,11 @@ def test_f07_unreadable_images_are_listed_and_replaced(
     (tmp_path / "5.png").unlink()
     found = []
     for rank in range(size):
-        store = _store(pairs, ram_budget_gib=budget, max_unreadable=0.2)
-        found.append(_stream(pairs, store, 20, rank=rank, size=size))
-        assert set(store.problems) == {"3.png", "5.png"}
+        batches, problems = _stream(
+            pairs, 20, rank=rank, size=size, ram_budget_gib=budget, max_unreadable=0.2
+        )
+        found.append(batches)
+        assert set(problems) == {"3.png", "5.png"}
     for shares in zip(*found, strict=True):
         rows = [row for batch in shares for row in _rows(batch)]
         assert len(set(rows)) == 4
@@ -148,19 +152,16 @@ def test_too_many_unreadable_images_end_the_run(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, [["x"]] * 10)
     (tmp_path / "3.png").write_bytes(b"nonsense")
     with pytest.raises(UnreadableImagesError, match=r"1 images .* at most 0 of 10 .*3\.png"):
-        _store(pairs, max_unreadable=0.05)
+        _stream(pairs, 20, max_unreadable=0.05)
     for row in range(8):
         (tmp_path / f"{row}.png").write_bytes(b"nonsense")
-    store = _store(pairs, max_unreadable=0.9)
     with pytest.raises(UnreadableImagesError, match="fewer images than the batch of 4"):
-        _stream(pairs, store, 1)
+        _stream(pairs, 1, max_unreadable=0.9)
 
 
 def test_chunks_are_the_rows_in_order(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, [[str(row)] for row in range(10)])
-    (batch,) = _stream(pairs, _store(pairs), 1, batch_size=10)
+    (batch,) = _stream(pairs, 1, batch_size=10)[0]
     chunks = batch.chunks(3)
     assert [len(chunk) for chunk in chunks] == [4, 3, 3]
-    assert torch.equal(torch.cat([chunk.pixels for chunk in chunks]), batch.pixels)
-    assert torch.equal(torch.cat([chunk.views for chunk in chunks]), batch.views)
-    assert [i for chunk in chunks for i in chunk.caption_ids] == batch.caption_ids.tolist()
+    assert _same(batch, *chunks)

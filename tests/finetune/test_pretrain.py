@@ -71,7 +71,7 @@ def _config(toy: Path, **changes: Any) -> PretrainConfig:
         "optim": {"lr": 5e-3},
         "precision": "fp32",
         "device": "cpu",
-        "images": {"num_readers": 2},
+        "loading": {"num_readers": 2},
     }
     return PretrainConfig.model_validate({**values, **changes})
 
@@ -200,8 +200,8 @@ def test_bf16_and_validation_on_the_way(toy: Path) -> None:
 def test_images_beyond_the_memory_budget_give_the_same_result(toy: Path) -> None:
     results = []
     for name, budget in (("kept", 1.0), ("decoded", 0.0)):
-        images = {"num_readers": 2, "ram_budget_gib": budget, "normalization": "dataset"}
-        run(_config(toy, out=str(toy / name), steps=6, images=images, val_split=""))
+        changes = {"loading": {"ram_budget_gib": budget}, "normalization": "dataset"}
+        run(_config(toy, out=str(toy / name), steps=6, val_split="", **changes))
         results.append(load_file(toy / name / "open_clip_model.safetensors")["visual.proj"])
         config = json.loads((toy / name / "open_clip_config.json").read_text())
         assert config["preprocess_cfg"]["mean"][0] == pytest.approx(0.37, abs=0.05)

@@ -87,6 +87,14 @@ def test_the_three_shapes_of_the_source(tmp_path: Path, end: str, last: bool) ->
     assert [r.line for r in records[:4]] == [2, 3, 4, 6]
 
 
+def test_f46_slashes_stay_in_captions(tmp_path: Path) -> None:
+    captions = [r"a cat/dog sign", 'the "on/off" switch', "/", r"c:\d/e", '"/"', "a // b"]
+    for quoted in (bare, doubled):
+        lines = [f"{row}.jpg,1,{quoted(caption)}" for row, caption in enumerate(captions)]
+        records = read_records(write(tmp_path / "train.csv", HEAD, lines), labelled=True)
+        assert [record.caption for record in records] == captions
+
+
 def test_a_caption_may_go_on_with_a_file_name(tmp_path: Path) -> None:
     lines = ['1.jpg,7,"see', 'cat.jpg, and "dogs', 'b.png,"', '2.jpg,8,"next"']
     records = read_records(write(tmp_path / "train.csv", HEAD, lines), labelled=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from prefect.plugins import register_hook
 
-DEPLOYMENTS = frozenset({"extract-features", "train-heads", "two-stage"})
+DEPLOYMENTS = frozenset({"extract-features", "finetune-backbone", "train-heads", "two-stage"})
 """Deployments of `prefect.yaml`; each one's flow has the same name."""
 
 

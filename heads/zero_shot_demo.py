@@ -1,5 +1,6 @@
 """Likeliest classes of image files by name alone: printed, tabulated and drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from featcache.class_text import encode_prompts, ensemble, open_cache_backbone
 from featcache.errors import DatasetError
 from featcache.precision import resolve_device
 from featcache.prompts import format_prompts
-from featcache.reader import open_cache
+from featcache.reader import Cache, open_cache
 from heads.image_text import ImageEncoder, open_image_text
 from heads.models.zero_shot import ZeroShot
 from heads.predict import find_images
@@ -55,10 +56,11 @@ def demonstrate(config: ZeroShotJobConfig, images: Path) -> Demonstration:
     device = resolve_device(config.device)
     files = find_images(images)
     root = images if images.is_dir() else images.parent
-    backbone, encoder, kind, classes = _open(config, device, root, files)
-    head = classifier(
-        backbone, classes, config.template_list(kind, classes), config.scale or DISPLAY_SCALE
-    )
+    cache = None if config.cache is None else open_cache(config.cache)
+    kind, classes = _classes(config, cache)
+    prompts = format_prompts(classes, config.template_list(kind, classes))
+    encoder = _open(config, cache, device, root, files)
+    head = classifier(encoder.backbone, prompts, config.scale or DISPLAY_SCALE)
     unreadable: list[Unreadable] = []
     rows: list[dict[str, object]] = []
     names = [str(name).replace("_", " ") for name in classes["name"]]
@@ -101,12 +103,16 @@ def demonstrate(config: ZeroShotJobConfig, images: Path) -> Demonstration:
     return Demonstration(table, figures, unreadable)
 
 
-def classifier(
-    backbone: Backbone, classes: pd.DataFrame, templates: list[str], scale: float
-) -> ZeroShot:
-    """The zero-shot classifier of a class table on the backbone's device; see `ensemble`."""
-    prompts = encode_prompts(backbone, format_prompts(classes, templates))
-    return ZeroShot(ensemble(torch.from_numpy(prompts)), scale=scale).to(backbone.device)
+def classifier(backbone: Backbone, prompts: Sequence[Sequence[str]], scale: float) -> ZeroShot:
+    """The zero-shot classifier on the backbone's device; see `featcache.class_text.ensemble`.
+
+    Args:
+        backbone: with a text tower.
+        prompts: T lists of C sentences.
+        scale: multiplier of the cosines.
+    """
+    features = torch.from_numpy(encode_prompts(backbone, prompts))
+    return ZeroShot(ensemble(features), scale=scale).to(backbone.device)
 
 
 @torch.inference_mode()
@@ -116,41 +122,44 @@ def class_probabilities(head: ZeroShot, features: Tensor) -> Tensor:
     return logits.softmax(dim=1)
 
 
-def _open(
-    config: ZeroShotJobConfig, device: torch.device, root: Path, files: list[str]
-) -> tuple[Backbone, ImageEncoder, str, pd.DataFrame]:
-    """Backbone, encoder, dataset kind and class table that the options mean."""
-    kind, classes = "", None
-    if config.cache is not None:
-        cache = open_cache(config.cache)
-        backbone = open_cache_backbone(cache, str(device))
-        pixels = cache.identity.preprocess
-        encoder = ImageEncoder(
-            backbone,
-            mode=pixels.mode,
-            spec=PixelSpec.of(pixels),
-            batch_size=config.batch_size,
-            num_readers=config.num_readers,
-        )
+def _classes(config: ZeroShotJobConfig, cache: Cache | None) -> tuple[str, pd.DataFrame]:
+    """Dataset kind ("" = a plain list) and class table that the options mean."""
+    if config.classes is not None:
+        return "", class_list(config.classes)
+    if cache is not None:
         kind, classes = cache.identity.dataset.kind, cache.classes
+    elif config.dataset is not None:
+        manifest = config.dataset.open()
+        kind, classes = manifest.kind, manifest.classes
     else:
-        if config.dataset is not None:
-            manifest = config.dataset.open()
-            kind, classes = manifest.kind, manifest.classes
-        backbone, _ = open_image_text(
-            config.backbone, device, config.precision, root, files, config.mode
-        )
-        encoder = ImageEncoder(
-            backbone,
-            mode=config.mode,
-            batch_size=config.batch_size,
-            num_readers=config.num_readers,
-        )
-    if config.classes is not None or classes is None:
-        kind, classes = "", class_list(config.classes or "cifar100")
+        return "", class_list("cifar100")
     if not len(classes):
         raise DatasetError(f"the {kind} dataset has no classes; name them with --classes")
-    return backbone, encoder, kind, classes
+    return kind, classes
+
+
+def _open(
+    config: ZeroShotJobConfig,
+    cache: Cache | None,
+    device: torch.device,
+    root: Path,
+    files: list[str],
+) -> ImageEncoder:
+    """The encoder that the options mean; a cache's reads images as the cache was made."""
+    mode, spec = config.mode, None
+    if cache is None:
+        backbone, _ = open_image_text(config.backbone, device, config.precision, root, files, mode)
+    else:
+        backbone = open_cache_backbone(cache, str(device))
+        pixels = cache.identity.preprocess
+        mode, spec = pixels.mode, PixelSpec.of(pixels)
+    return ImageEncoder(
+        backbone,
+        mode=mode,
+        spec=spec,
+        batch_size=config.batch_size,
+        num_readers=config.num_readers,
+    )
 
 
 def _shown(root: Path, table: pd.DataFrame) -> list[Shown]:

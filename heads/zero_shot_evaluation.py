@@ -1,5 +1,6 @@
 """Zero-shot accuracy on a cache, in seconds, or on the images of any dataset."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from featcache.class_text import class_text_features, ensemble, open_cache_backb
 from featcache.errors import ConfigError, DatasetError, UnreadableImagesError
 from featcache.manifest import Manifest
 from featcache.precision import resolve_device
+from featcache.prompts import format_prompts
 from featcache.reader import Cache, open_cache
 from heads.data import FeatureTables, open_arrays
 from heads.evaluate import choose_split
@@ -124,7 +126,8 @@ def _cache_classifier(
 ) -> ZeroShot:
     scale = config.scale or EVALUATION_SCALE
     if config.classes is not None:  # other sentences than those that the cache keeps
-        head = classifier(open_cache_backbone(cache, str(device)), classes, templates, scale)
+        sentences = format_prompts(classes, templates)
+        head = classifier(open_cache_backbone(cache, str(device)), sentences, scale)
     else:
         prompts = class_text_features(
             cache, templates, lambda: open_cache_backbone(cache, str(device))
@@ -139,12 +142,13 @@ def _of_dataset(config: ZeroShotJobConfig, device: torch.device) -> _Scored:
     split, rows, targets = labelled_rows(manifest, config.split)
     classes = _renamed(config, manifest.classes)
     templates = config.template_list(manifest.kind, classes)
+    prompts = format_prompts(classes, templates)
     paths = [manifest.paths[row] for row in rows]
     backbone, line = open_image_text(
         config.backbone, device, config.precision, manifest.root, paths, config.mode
     )
     scale = config.scale or EVALUATION_SCALE
-    head = _only_ranking(classifier(backbone, classes, templates, scale), manifest.task)
+    head = _only_ranking(classifier(backbone, prompts, scale), manifest.task)
     encoder = ImageEncoder(
         backbone,
         mode=config.mode,
@@ -153,6 +157,7 @@ def _of_dataset(config: ZeroShotJobConfig, device: torch.device) -> _Scored:
     )
     progress = ProgressLine(config.quiet)
     progress.show(line)
+    started = time.perf_counter()
     reasons: dict[int, str] = {}
 
     def batches() -> Iterator[tuple[Tensor, npt.NDArray[Any]]]:
@@ -162,7 +167,8 @@ def _of_dataset(config: ZeroShotJobConfig, device: torch.device) -> _Scored:
             if len(batch.rows):
                 logits: Tensor = head(batch.features)
                 yield finite(logits, (int(batch.rows[0]), batch.stop)), targets[batch.rows]
-            progress.show(f"{batch.stop:,} of {len(paths):,} images")
+            rate = batch.stop / (time.perf_counter() - started)
+            progress.show(f"{batch.stop:,} of {len(paths):,} images, {rate:,.0f}/s")
 
     only_rank = not head.has_probabilities
     with torch.inference_mode():

@@ -128,6 +128,7 @@ class Side:
         visual.requires_grad_(False)
         self.parameters = SIDES[name](visual)
         self.head = nn.Linear(width, 100, device=device)
+        self.plain = visual
         self.visual = torch.compile(visual) if compiled else visual
         self.trains = name != "frozen"
         self.device = device
@@ -135,13 +136,13 @@ class Side:
             [*self.parameters, *self.head.parameters()], lr=1e-5, fused=True
         )
 
-    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of a batch."""
+    def loss(self, pixels: Tensor, labels: Tensor, tower: nn.Module | None = None) -> Tensor:
+        """Cross-entropy of a batch; `tower` in place of the side's own."""
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
             torch.set_grad_enabled(self.trains),
         ):
-            return F.cross_entropy(self.head(self.visual(pixels)), labels)
+            return F.cross_entropy(self.head((tower or self.visual)(pixels)), labels)
 
     def step(self, pixels: Tensor, labels: Tensor) -> None:
         """One optimizer step; the forward pass alone if nothing is trained."""
@@ -153,7 +154,7 @@ class Side:
 
     def saved_bytes(self, pixels: Tensor, labels: Tensor) -> int:
         """Bytes of what is kept for backward, but for weights."""
-        weights = {p.untyped_storage().data_ptr() for p in self.visual.parameters()}
+        weights = {p.untyped_storage().data_ptr() for p in self.plain.parameters()}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class Side:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss(pixels, labels)
+            loss = self.loss(pixels, labels, self.plain)  # compiled, it may run past the hooks
         del loss
         return sum(kept.values())
 

@@ -57,28 +57,42 @@ def pool_blocks(model: nn.Module, prefix: str) -> list[Block]:
 
 
 def timm_blocks(model: nn.Module, prefix: str = "") -> list[Block]:
-    """Those of a timm model: vision transformers and Swin; none of models without attention.
+    """Those of a timm model: ViT, EVA and DINOv3, Swin; none of models without a known attention.
 
     Args:
         model: holds the timm model.
         prefix: its dotted name in there.
     """
-    from timm.layers import Attention, Mlp
-    from timm.models.swin_transformer import WindowAttention
+    from timm.layers import Mlp
 
     blocks = []
     for name, module in _named_parts(model, prefix):
-        attention: Any = getattr(module, "attn", None)
-        mlp: Any = getattr(module, "mlp", None)
-        if type(attention) not in (Attention, WindowAttention):
+        sites = _timm_attention(getattr(module, "attn", None), f"{name}.attn")
+        if sites is None:
             continue
-        sites = stacked(f"{name}.attn.qkv.weight", attention.qkv.out_features // 3)
-        sites["out"] = Site(f"{name}.attn.proj.weight")
+        mlp: Any = getattr(module, "mlp", None)
         if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear):
             sites["fc1"] = Site(f"{name}.mlp.fc1.weight")
             sites["fc2"] = Site(f"{name}.mlp.fc2.weight")
         blocks.append(Block(name, sites))
     return blocks
+
+
+def _timm_attention(attention: Any, name: str) -> dict[str, Site] | None:
+    """Its four matrices; None if it is of an unknown kind, or reads a weight past its layer."""
+    from timm.layers import Attention, AttentionRope
+    from timm.models.eva import EvaAttention
+    from timm.models.swin_transformer import WindowAttention
+
+    if type(attention) not in (Attention, AttentionRope, EvaAttention, WindowAttention):
+        return None
+    if getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate:
+        return None  # EVA hands the stacked weight to a function then, with a bias made of three
+    if attention.qkv is None:
+        sites = {letter: Site(f"{name}.{letter}_proj.weight") for letter in "qkv"}
+    else:
+        sites = stacked(f"{name}.qkv.weight", attention.qkv.out_features // 3)
+    return sites | {"out": Site(f"{name}.proj.weight")}
 
 
 def set_timm_entry(towers: TrainableTowers, trunk: Any, prefix: str) -> None:

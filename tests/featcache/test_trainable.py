@@ -1,6 +1,7 @@
 """Every kind's towers opened for training: the same features, and LoRA in each of their blocks."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from featcache.adapters.lora import LoraConfig
 from featcache.backbones.base import FeatureRequest
 from featcache.backbones.blip import BlipConfig
+from featcache.backbones.blocks import timm_blocks
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.backbones.timm import TimmConfig
 from featcache.errors import BackboneError
@@ -159,3 +161,42 @@ def test_prompts_enter_where_the_sequence_is_whole(opened, kind):
     hook.remove()
     num_patches = (pixels.shape[-1] // towers.patch_size) ** 2
     assert seen[0].shape == (2, towers.num_prefix_tokens + num_patches, towers.width)
+
+
+TINY = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch16_dinov3", {"img_size": 32}),
+        ("eva02_base_patch16_clip_224", {"img_size": 32}),
+        ("vit_small_patch16_rope_224", {"img_size": 32}),
+        ("vit_tiny_patch16_224", {"img_size": 32}),
+    ],
+)
+def test_every_listed_matrix_of_timm_s_variants_is_read_where_it_is_listed(name, options):
+    import timm
+
+    model = timm.create_model(name, num_classes=0, **TINY, **options).eval()
+    blocks = timm_blocks(model)
+    towers = SimpleNamespace(model=model, name=name, require_blocks=lambda tower: blocks)
+    pixels = torch.randn(1, 3, options["img_size"], options["img_size"])
+    expected = model(pixels)
+    adapter = LoraConfig(rank=2, sites=tuple(blocks[0].sites)).attach(towers)
+    assert torch.equal(model(pixels), expected)
+    for change in adapter.changes:
+        torch.nn.init.normal_(change.b)
+    found = model(pixels)
+    found.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
+    adapter.fold()
+    torch.testing.assert_close(model(pixels), found.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_that_reads_past_its_layer_is_not_listed():
+    import timm
+
+    model = timm.create_model("eva_giant_patch14_224", img_size=28, **TINY)
+    assert model.blocks[0].attn.q_bias is not None
+    assert timm_blocks(model) == []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.backbones.base import Backbone
-from featcache.errors import CacheError, CacheMismatchError, ConfigError
+from featcache.errors import CacheError, CacheMismatchError
 from featcache.identity import differences
 from featcache.reader import Cache, open_cache
 from featcache.storage import place
@@ -86,6 +86,7 @@ def train_frozen(
             seed=seed,
             device=device,
             quiet=True,
+            report=False,
         )
     )
     return _of_metrics(folder, str(cache.path), report.metrics, cache)
@@ -125,14 +126,7 @@ def require_fits(cache: Cache, material: Material, backbone: Backbone) -> None:
 
     Raises:
         CacheMismatchError: naming the first differing field.
-        ConfigError: if it lacks the features that heads read.
     """
-    feature = "projected" if backbone.spec.projected_dim else "pooled"
-    if not cache.has(f"image/{feature}"):
-        raise ConfigError(
-            f"cache: {cache.path} holds no image/{feature}, which a head on frozen features reads; "
-            f"extract it with --features.{feature}"
-        )
     for what, found, expected in (
         ("backbone", cache.identity.backbone, backbone.spec.identity),
         ("dataset", cache.identity.dataset, material.identity),
@@ -142,3 +136,8 @@ def require_fits(cache: Cache, material: Material, backbone: Backbone) -> None:
                 f"cache: {cache.path}: {what}.{name} is {have!r}, what is trained has {want!r}; "
                 "give the cache of this dataset by the backbone before it is adapted"
             )
+
+
+def holds_features(cache: Cache, backbone: Backbone) -> bool:
+    """Whether a cache holds what a linear head on the frozen backbone reads."""
+    return cache.has("image/projected" if backbone.spec.projected_dim else "image/pooled")

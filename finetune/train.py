@@ -44,7 +44,6 @@ from finetune.token_source import TokenSource, require_tokens
 from finetune.tuned import Tuned
 from finetune.tuning import ClassifierConfig, StopConfig, TextConfig, TuningConfig
 from finetune.tuning_loop import Measured, fit, measure
-from finetune.tuning_report import write_report
 from finetune.tuning_results import result_values, shown, summary, write_head
 from heads import run_folder
 from heads.distributed import Group, ending_at_once, group_for
@@ -56,7 +55,7 @@ from heads.scoring import MetricsConfig
 RECORD = "train.json"
 """What a finished folder was made from."""
 
-_FREE = ("out", "restart", "device", "quiet", "loading")
+_FREE = ("out", "restart", "device", "quiet", "loading", "report")
 """Options that do not change what is computed, but `loading.decode`."""
 
 
@@ -72,6 +71,8 @@ class TrainConfig(Config):
     """Features of the same dataset by the same backbone: a linear head is trained on them too, and
     the report shows both side by side. If it holds tokens `before_last:n`, adapter last_blocks
     trains on these in place of images."""
+    compare: bool = True
+    """Train a linear head on the features of `cache`, if it holds any, to compare with."""
     inputs: Literal["auto", "pixels", "tokens"] = "auto"
     """What is trained on: pixels of the dataset, or tokens of the cache; auto = tokens if the
     adapter can and the cache holds them."""
@@ -117,6 +118,8 @@ class TrainConfig(Config):
     """How metrics are counted."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu or cuda:N."""
+    report: bool = True
+    """Write `report.html`: frozen and adapted side by side, costs, metrics, curves, classes."""
     seed: NonNegativeInt = 42
     """Fixes initial values, order, augmentation and held-out rows."""
     quiet: bool = False
@@ -317,26 +320,27 @@ def _train(
         config.metrics,
         config.seed,
     )
-    rival = _frozen(config, cache, folder)
+    rival = _frozen(config, cache, folder, backbone)
     if rival is not None:
         values["frozen"] = rival.record()
     values["unreadable"] = source.problems
     values["seconds_total"] = time.perf_counter() - started
-    write_report(
-        folder,
-        config.out.name,
-        head,
-        [
-            (one.part, head_folder.tables(f"image/{dataset.feature}", one.features, device))
-            for one in shown(measured)
-        ],
-        material,
-        values,
-        fitted.history,
-        rival,
-        config.record(),
-        config.metrics,
-    )
+    if config.report:
+        from finetune.tuning_report import write_report  # matplotlib takes a second to import
+
+        name = f"image/{dataset.feature}"
+        write_report(
+            folder,
+            config.out.name,
+            head,
+            [(one.part, head_folder.tables(name, one.features, device)) for one in shown(measured)],
+            material,
+            values,
+            fitted.history,
+            rival,
+            config.record(),
+            config.metrics,
+        )
     return values
 
 
@@ -357,9 +361,11 @@ def _measure(
     return measure(objective, source, encode, part, size, nullcontext(), device)
 
 
-def _frozen(config: TrainConfig, cache: Cache | None, folder: Path) -> Frozen | None:
+def _frozen(
+    config: TrainConfig, cache: Cache | None, folder: Path, backbone: Backbone
+) -> Frozen | None:
     """The other way: a head on frozen features, trained on the cache or what `init_head` is."""
-    if cache is None:
+    if cache is None or not config.compare or not frozen.holds_features(cache, backbone):
         return None if config.init_head is None else frozen.read_frozen(config.init_head)
     return frozen.train_frozen(
         cache,

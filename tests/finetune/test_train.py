@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from featcache import extract
@@ -17,65 +16,28 @@ from featcache.errors import ConfigError
 from featcache.extract_config import ExtractConfig
 from finetune import tuning_loop
 from finetune.initial_head import class_order
-from finetune.train import TrainConfig, run
+from finetune.train import run
 from heads import evaluate, predict
 from heads.run_folder import load_run
 from heads.train import TrainConfig as HeadTrainConfig
 from heads.train import run as train_head
 
 from ..together import run_together
-
-COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
-
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
+from . import colours
+from .colours import config, history_of
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 48 train, 12 val and 12 test pictures of three colours, and an architecture."""
-    folder = tmp_path_factory.mktemp("toy")
-    random = np.random.default_rng(0)
-    with (folder / "toy.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split"])
-        for row in range(72):
-            name = list(COLORS)[row % 3]
-            noise = random.integers(-60, 61, (20, 24, 3))
-            pixels = (np.asarray(COLORS[name]) + noise).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{row}.png")
-            split = "train" if row < 48 else "val" if row < 60 else "test"
-            writer.writerow([f"{row}.png", name, split])
-    (folder / "finetune-toy.json").write_text(json.dumps(TINY))
-    return folder
-
-
-def config(toy: Path, out: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "dataset": {"kind": "table", "file": str(toy / "toy.csv")},
-        "backbone": {"model": str(toy / "finetune-toy.json"), "pretrained": "random:3"},
-        "out": str(out),
-        "adapter": "full",
-        "optim": {"lr": 1e-3, "epochs": 3, "batch_size": 16},
-        "head": {"lr": 1e-2, "scaling": "l2"},
-        "device": "cpu",
-    }
-    return TrainConfig.model_validate({**values, **changes})
+    return colours.make(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
 def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the image tower and a head."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    run(config(toy, out))
+    run(config(toy, out, report=True))
     return out
-
-
-def history_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
 def metrics_of(out: Path) -> dict[str, Any]:
@@ -193,8 +155,19 @@ def test_head_begins_at_the_one_trained_on_the_cache_and_both_are_compared(
             {"dataset": dataset, "backbone": base, "cache": str(cache), **common}
         )
     )
+    grid = {"lrs": (0.1,), "weight_decays": (0.0,)}
     frozen = train_head(
-        HeadTrainConfig(cache=cache, run=tmp_path / "head", quiet=True, device="cpu", report=False)
+        HeadTrainConfig.model_validate(
+            {
+                "cache": cache,
+                "head": {"kind": "linear", **grid},
+                "optim": {"epochs": 5},
+                "run": tmp_path / "head",
+                "quiet": True,
+                "device": "cpu",
+                "report": False,
+            }
+        )
     )
     changes = {
         "dataset": None,
@@ -204,7 +177,7 @@ def test_head_begins_at_the_one_trained_on_the_cache_and_both_are_compared(
         "optim": {"epochs": 1},
         "head": {"lr": 1e-12},
     }
-    report = run(config(toy, tmp_path / "same", cache=str(cache), **changes))
+    report = run(config(toy, tmp_path / "same", cache=str(cache), report=True, **changes))
     for part in ("val", "test"):
         assert report.metrics[f"{part}_acc_cls"] == frozen.metrics[part]["top1"]
     assert report.metrics["frozen"]["accuracy"]["test"] >= 0
@@ -242,6 +215,7 @@ def test_last_blocks_train_on_cached_tokens_without_pixels(toy: Path, tmp_path: 
     )
     shutil.rmtree(folder)
     changes = {"dataset": None, "backbone": None, "adapter": "last_blocks", "cache": str(cache)}
+    changes["compare"] = False
     report = run(config(toy, tmp_path / "out", **changes))
     assert report.metrics["test_acc_cls"] > 0.9
     scores = predict.run(
@@ -249,7 +223,7 @@ def test_last_blocks_train_on_cached_tokens_without_pixels(toy: Path, tmp_path: 
             run=tmp_path / "out" / "head", images=toy, out=tmp_path / "p.csv", quiet=True
         )
     ).table.set_index("id")["class_1"]
-    right = [scores[f"{row}.png"] == list(COLORS)[row % 3] for row in range(60, 72)]
+    right = [scores[f"{row}.png"] == list(colours.COLORS)[row % 3] for row in range(60, 72)]
     assert np.mean(right) == report.metrics["test_acc_cls"]
 
 

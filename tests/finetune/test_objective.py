@@ -105,7 +105,7 @@ def test_equals_the_equations(towers: ToyText, task: str) -> None:
         units = features.double().numpy()
         units = units / np.linalg.norm(units, axis=1, keepdims=True)
         offset = -SCALE * float((units @ text.T).mean())
-        assert float(objective.offset) == pytest.approx(offset, rel=1e-5)
+        assert float(objective.offset.detach()) == pytest.approx(offset, rel=1e-5)
     losses = []
     for row, wanted in zip(features.double().numpy(), targets.numpy(), strict=True):
         unit = row / np.linalg.norm(row)

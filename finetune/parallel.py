@@ -159,6 +159,8 @@ def _sharded(module: nn.Module, group: Group, apart: list[nn.Parameter]) -> nn.M
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    for parameter in module.parameters():  # kernels in channels_last cannot be sharded
+        parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(group.device.type, (group.size,))
     for unit in [*_blocks(module), module]:
         shard: FSDPModule = fully_shard(unit, mesh=mesh, ignored_params=set(apart))

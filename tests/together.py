@@ -6,12 +6,18 @@ import subprocess
 import sys
 
 
-def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
-    """Output, errors and exit status of each process, started with what torchrun tells them."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        port: int = free.getsockname()[1]
+    return port
+
+
+def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
+    """Output, errors and exit status of each process, started with what torchrun tells them."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port())}
     # Two processes with a thread for each core would fight over them.
     shared |= {"OMP_NUM_THREADS": "1"}
     if "lo" in {name for _, name in socket.if_nameindex()}:

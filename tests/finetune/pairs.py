@@ -18,6 +18,14 @@ from finetune.losses.info_nce import InfoNceConfig
 from finetune.losses.siglip import SiglipConfig
 
 NUM_PAIRS, DIM, END = 12, 8, 31
+VISION: dict[str, Any] = {
+    "image_size": 16,
+    "layers": 2,
+    "width": 16,
+    "head_width": 8,
+    "patch_size": 8,
+}
+TEXT = {"context_length": 6, "vocab_size": END + 1, "width": 16, "heads": 2, "layers": 2}
 LOSSES: dict[str, PairLossConfig] = {"info_nce": InfoNceConfig(), "siglip": SiglipConfig()}
 
 
@@ -30,19 +38,11 @@ def features(count: int, seed: int) -> Tensor:
 def dual_encoder(kind: str, seed: int = 0, **vision: Any) -> nn.Module:
     """A CLIP of two narrow towers in training mode, with what the loss `kind` learns besides."""
     torch.manual_seed(seed)
-    options: dict[str, Any] = {
-        "image_size": 16,
-        "layers": 2,
-        "width": 16,
-        "head_width": 8,
-        "patch_size": 8,
-    }
-    text = {"context_length": 6, "vocab_size": END + 1, "width": 16, "heads": 2, "layers": 2}
     loss = LOSSES[kind]
     return open_clip.CLIP(
         embed_dim=DIM,
-        vision_cfg={**options, **vision},
-        text_cfg=text,
+        vision_cfg={**VISION, **vision},
+        text_cfg=TEXT,
         init_logit_scale=loss.initial_scale,
         init_logit_bias=loss.initial_bias,
     ).double()

@@ -1,8 +1,11 @@
 """One of the processes of `test_parallel`: what each finds goes into FOLDER/RANK.safetensors.
 
-Run as a script, so that it imports no test.
+Then it pretrains by the given files. Run as a script, so that it imports no test.
+
+    parallel_worker.py FOLDER [CONFIG.yaml PORT]...
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from pairs import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune import pretrain
 from finetune.checkpoint import read_state, save_state
 from finetune.gradient_cache import contrastive_step
 from finetune.losses.info_nce import info_nce
@@ -141,16 +145,20 @@ def training(group: Group, folder: Path) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"trained.{name}", whole(t)) for name, t in model.state_dict().items())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *jobs: str) -> None:
     with group_for("cpu") as group:
         found = {}
         for pairs_found in (loss_alone(group), steps(group), training(group, folder)):
             found |= dict(pairs_found)
         found = {name: tensor.detach().contiguous() for name, tensor in found.items()}
         save_file(found, folder / f"{group.rank}.safetensors")
+    for file, port in zip(jobs[::2], jobs[1::2], strict=True):
+        # Of its own: the store behind a group of shards stays open, with all that was said there.
+        os.environ["MASTER_PORT"] = port
+        pretrain.run(pretrain.PretrainConfig.from_yaml(Path(file)))
 
 
 if __name__ == "__main__":
     with ending_at_once():
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), *sys.argv[2:])
         sys.exit(0)

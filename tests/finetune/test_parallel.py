@@ -1,29 +1,96 @@
 """Two processes over gloo give the losses, gradients and steps of one with the whole batch."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finetune import pretrain
 from finetune.optim import param_groups
 from finetune.parallel import PairTowers, alike_groups, all_rows, clip_norm, put, spread, whole
+from finetune.pretrain import PretrainConfig
 from heads.distributed import Group
 
-from ..together import run_together
-from .pairs import LOSSES, NUM_PAIRS, dual_encoder, features, gradients, whole_batch
+from ..together import free_port, run_together
+from .pairs import (
+    DIM,
+    LOSSES,
+    NUM_PAIRS,
+    TEXT,
+    VISION,
+    dual_encoder,
+    features,
+    gradients,
+    whole_batch,
+)
 
 ALONE = Group(0, 1, torch.device("cpu"))
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp", "loss": {"kind": "info_nce"}, "accumulate": 2},
+    "fsdp": {"strategy": "fsdp", "loss": {"kind": "siglip"}},
+}
+"""Pretrainings by two processes, and what they are asked for besides `pretraining`."""
+
+
+def pretraining(folder: Path, name: str, **options: Any) -> PretrainConfig:
+    """A few steps on 24 noise pictures, which are made if need be."""
+    table = folder / "pairs.csv"
+    if not table.exists():
+        random = np.random.default_rng(0)
+        rows = ["path,label,split,caption"]
+        for row in range(24):
+            pixels = random.integers(0, 256, (18, 18, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{row}.png")
+            rows.append(f"{row}.png,noise,{'train' if row < 16 else 'val'},noise number {row}")
+        table.write_text("\n".join(rows))
+        model = {
+            "embed_dim": DIM,
+            "vision_cfg": VISION,
+            "text_cfg": {**TEXT, "vocab_size": 49408},
+        }
+        (folder / "model.json").write_text(json.dumps(model))
+    values = {
+        "dataset": {"kind": "table", "file": str(table)},
+        "architecture": str(folder / "model.json"),
+        "out": str(folder / name),
+        "steps": 3,
+        "batch_size": 8,
+        "log_every": 1,
+        # Not the usual one: it makes a whole step of a gradient that is zero but for rounding.
+        # No decay either: whole embeddings, as shards are, decay in words that never occur too.
+        "optim": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.0},
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    return PretrainConfig.model_validate({**values, **options})
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two processes found; see `parallel_worker`."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of two processes found and trained; see `parallel_worker`."""
     folder = tmp_path_factory.mktemp("parallel")
-    ends = run_together(2, str(Path(__file__).parent / "parallel_worker.py"), str(folder))
+    jobs: list[str] = []
+    for name, options in RUNS.items():
+        file = folder / f"{name}.yaml"
+        file.write_text(pretraining(folder, name, **options).to_yaml())
+        jobs += [str(file), str(free_port())]
+    worker = Path(__file__).parent / "parallel_worker.py"
+    ends = run_together(2, str(worker), str(folder), *jobs)
     assert [status for _, _, status in ends] == [0, 0], ends[0][1] + ends[1][1]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Tensor]]:
+    """What each process found."""
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 
@@ -91,6 +158,27 @@ def test_shards_train_and_go_on_from_a_saved_state_as_one_process(
     for own in found:
         for name, value in model.state_dict().items():
             torch.testing.assert_close(own[f"trained.{name}"], value, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_pretraining_by_two_processes_is_that_of_one(folder: Path, name: str) -> None:
+    """Gradient caching and shards included: same losses, same weights, one result folder."""
+    report = pretrain.run(pretraining(folder, f"{name}-alone", loss=RUNS[name]["loss"]))
+    alone, together = (
+        [json.loads(line) for line in (where / "history.jsonl").read_text().splitlines()]
+        for where in (report.folder, folder / name)
+    )
+    assert len(alone) == len(together) == 3
+    for one, other in zip(alone, together, strict=True):
+        for key in ("loss", "grad_norm", "logit_scale"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+    assert alone[0]["loss"] - alone[-1]["loss"] > 0.01, "else it has not trained"
+    assert together[-1]["validation"] == pytest.approx(alone[-1]["validation"], abs=1e-6)
+    weights = [
+        load_file(where / "open_clip_model.safetensors") for where in (report.folder, folder / name)
+    ]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_a_process_alone_keeps_its_module() -> None:

@@ -220,6 +220,11 @@ def _pretrain(
     device, precision = group.device, config.precision
     if precision == "auto":
         precision = fastest_precision(device)
+    if precision == "fp16" and config.strategy == "fsdp":
+        raise ConfigError(
+            "strategy: fsdp has no loss scaling for fp16; set precision bf16 or fp32, or strategy "
+            "ddp"
+        )
     torch.manual_seed(config.seed)
     model = start.model(architecture).to(device).to(memory_format=torch.channels_last)
     size, tokenize = image_size(model), tokenizer(architecture)

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from featcache.errors import ConfigError
 from finetune import pretrain
 from finetune.optim import param_groups
 from finetune.parallel import PairTowers, alike_groups, all_rows, clip_norm, put, spread, whole
@@ -179,6 +180,11 @@ def test_pretraining_by_two_processes_is_that_of_one(folder: Path, name: str) ->
     ]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_shards_in_float16_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no loss scaling for fp16.*bf16"):
+        pretrain.run(pretraining(folder, "fp16", strategy="fsdp", precision="fp16"))
 
 
 def test_a_process_alone_keeps_its_module() -> None:

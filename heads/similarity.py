@@ -263,8 +263,7 @@ def _of_images(config: SimilarityConfig, device: torch.device) -> Similarity:
         assert config.dataset is not None, "checked with the options"
         manifest = config.dataset.open()
         root = manifest.root
-        rows, texts, prompts, own = _dataset_rows(config, manifest, given)
-        paths = [manifest.paths[row] for row in rows]
+        paths, texts, prompts, own = _dataset_rows(config, manifest, given)
     backbone, _ = open_image_text(
         config.backbone, device, config.precision, root, paths, config.mode
     )
@@ -288,27 +287,32 @@ def _of_images(config: SimilarityConfig, device: torch.device) -> Similarity:
 
 def _dataset_rows(
     config: SimilarityConfig, manifest: Manifest, given: list[str] | None
-) -> tuple[IntArray, list[str], list[list[str]], npt.NDArray[np.bool_] | None]:
-    """Rows, the texts that are shown, the T x m sentences that are encoded, and own pairs."""
+) -> tuple[list[str], list[str], list[list[str]], npt.NDArray[np.bool_] | None]:
+    """Paths, the texts that are shown, the T x m sentences that are encoded, and own pairs."""
     ranges = manifest.split_ranges
     split = config.split or _usual_split(list(ranges))
     if split not in ranges:
         raise DatasetError(f"{manifest.root}: no split {split!r}; it has {', '.join(ranges)}")
-    rows = np.arange(*ranges[split], dtype=np.int64)
+    block = manifest.block(*ranges[split])  # the only split that is read
+    rows = np.arange(len(block), dtype=np.int64)
+    captioned = rows[np.diff(block.caption_offsets) > 0]
+    own: npt.NDArray[np.bool_] | None = None
     if given is not None:
-        return rows[spread(len(rows), config.num_images)], given, [given], None
-    captioned = rows[np.diff(manifest.caption_offsets)[rows] > 0]
-    if len(captioned):
+        rows, texts, prompts = rows[spread(len(rows), config.num_images)], given, [given]
+    elif len(captioned):
         rows = captioned[spread(len(captioned), config.num_images)]
-        texts, _, own = first_captions(rows, manifest.caption_offsets, manifest.caption_values)
-        return rows, texts, [texts], own
-    counts = np.diff(manifest.label_offsets)[rows]
-    labels = np.full(len(rows), -1, np.int64)
-    labels[counts > 0] = manifest.label_values[manifest.label_offsets[rows][counts > 0]]
-    rows, classes = _classes(manifest.task, labels, rows, config, manifest.root)
-    table = manifest.classes.iloc[classes].reset_index(drop=True)
-    prompts = format_prompts(table, expand(config.templates))
-    return rows, [str(name) for name in table["name"]], prompts, np.eye(len(rows), dtype=np.bool_)
+        texts, _, own = first_captions(rows, block.caption_offsets, block.captions)
+        prompts = [texts]
+    else:
+        counts = np.diff(block.label_offsets)
+        labels = np.full(len(rows), -1, np.int64)
+        labels[counts > 0] = block.label_values[block.label_offsets[:-1][counts > 0]]
+        rows, classes = _classes(manifest.task, labels, rows, config, manifest.root)
+        table = manifest.classes.iloc[classes].reset_index(drop=True)
+        texts = [str(name) for name in table["name"]]
+        prompts = format_prompts(table, expand(config.templates))
+        own = np.eye(len(rows), dtype=np.bool_)
+    return [block.paths[row] for row in rows], texts, prompts, own
 
 
 def _classes(

@@ -19,6 +19,7 @@ from featcache.manifest import Manifest
 from featcache.precision import resolve_device
 from featcache.prompts import format_prompts
 from featcache.reader import Cache, open_cache
+from featcache.row_block import RowBlock
 from heads.data import FeatureTables, open_arrays
 from heads.evaluate import choose_split
 from heads.image_text import ImageEncoder, open_image_text
@@ -30,7 +31,7 @@ from heads.run_folder import RunError
 from heads.scoring import Outputs, collect, finite, gather, metrics_table, summarise
 from heads.zero_shot import ZeroShotJobConfig
 from heads.zero_shot_demo import classifier
-from heads.zero_shot_scores import TableFiles, class_accuracies, multi_hot, write_tables
+from heads.zero_shot_scores import TableFiles, class_accuracies, write_tables
 
 EVALUATION_SCALE = 100.0
 """Multiplier of the cosines where nothing else is asked for."""
@@ -139,11 +140,11 @@ def _cache_classifier(
 def _of_dataset(config: ZeroShotJobConfig, device: torch.device) -> _Scored:
     assert config.dataset is not None
     manifest = config.dataset.open()
-    split, rows, targets = labelled_rows(manifest, config.split)
+    split, block, rows, targets = labelled_rows(manifest, config.split)
     classes = _renamed(config, manifest.classes)
     templates = config.template_list(manifest.kind, classes)
     prompts = format_prompts(classes, templates)
-    paths = [manifest.paths[row] for row in rows]
+    paths = [block.paths[row] for row in rows]
     backbone, line = open_image_text(
         config.backbone, device, config.precision, manifest.root, paths, config.mode
     )
@@ -182,7 +183,7 @@ def _of_dataset(config: ZeroShotJobConfig, device: torch.device) -> _Scored:
         "scale": head.scale,
     }
     unreadable = [
-        Unreadable(manifest.ids[rows[place]], paths[place], why)
+        Unreadable(block.ids[rows[place]], paths[place], why)
         for place, why in sorted(reasons.items())
     ]
     folder = Path(str(manifest.root)).name
@@ -192,15 +193,18 @@ def _of_dataset(config: ZeroShotJobConfig, device: torch.device) -> _Scored:
 
 def labelled_rows(
     manifest: Manifest, split: str | None = None
-) -> tuple[str, npt.NDArray[np.int64], npt.NDArray[Any]]:
+) -> tuple[str, RowBlock, npt.NDArray[np.int64], npt.NDArray[Any]]:
     """The split that is evaluated, its labelled rows, and their targets.
+
+    Other splits are not looked at, so that a set longer than memory needs only that one's rows.
 
     Args:
         manifest: the dataset.
         split: its name; None = test if it has labels, otherwise val, otherwise the first that has.
 
     Returns:
-        Name; (n,) rows; (n,) int64 classes, or (n, C) uint8 multi-hot.
+        Name; its block; (n,) positions of rows in it; (n,) int64 classes, or (n, C) uint8
+        multi-hot.
 
     Raises:
         ConfigError: if there is no such split.
@@ -209,23 +213,24 @@ def labelled_rows(
     ranges = manifest.split_ranges
     if split is not None and split not in ranges:
         raise ConfigError(f"split: no split {split!r} in the dataset; it has {', '.join(ranges)}")
-    counts = np.diff(manifest.label_offsets)
-    order = sorted(ranges, key=lambda name: ("test", "val", name).index(name))  # stable
-    labelled = [name for name in order if counts[slice(*ranges[name])].any()]
-    chosen = split if split is not None else next(iter(labelled), None)
-    if chosen is None or chosen not in labelled or manifest.task == "unlabelled":
-        where = manifest.root if chosen is None else f"{manifest.root}: split {chosen!r}"
-        raise DatasetError(
-            f"{where}: no image has a label, and accuracy needs some; to see classes alone give "
-            "--images"
-        )
-    rows = np.arange(*ranges[chosen], dtype=np.int64)
-    if manifest.task == "single_label":
-        rows = rows[counts[rows] > 0]
-        return chosen, rows, manifest.label_values[manifest.label_offsets[rows]].astype(np.int64)
-    offsets, values = manifest.label_offsets, manifest.label_values
-    lists = (values[offsets[row] : offsets[row + 1]] for row in rows)
-    return chosen, rows, multi_hot(lists, manifest.num_classes)
+    order = sorted(ranges, key=lambda name: ("test", "val", name).index(name))
+    for name in order if split is None else [split]:
+        block = manifest.block(*ranges[name])
+        counts = np.diff(block.label_offsets)
+        if manifest.task == "unlabelled" or not counts.any():
+            continue
+        if manifest.task == "single_label":
+            rows = np.flatnonzero(counts).astype(np.int64)
+            return name, block, rows, block.label_values.astype(np.int64)
+        rows = np.arange(len(block), dtype=np.int64)
+        hot = np.zeros((len(block), manifest.num_classes), np.uint8)
+        hot[np.repeat(rows, counts), block.label_values] = 1
+        return name, block, rows, hot
+    where = manifest.root if split is None else f"{manifest.root}: split {split!r}"
+    raise DatasetError(
+        f"{where}: no image has a label, and accuracy needs some; to see classes alone give "
+        "--images"
+    )
 
 
 def _limit(reasons: dict[int, str], paths: list[str], share: float) -> None:

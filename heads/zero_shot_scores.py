@@ -1,6 +1,6 @@
 """Zero-shot accuracy of a split: from features and class vectors to metrics and tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,3 @@ def write_tables(
     write_atomic(files.text, table_text(metrics, per_class).encode())
     write_atomic(files.classes, per_class.to_csv(index=False).encode())
     write_json(files.metrics, {**record, **metrics})
-
-
-def multi_hot(lists: Iterable[npt.NDArray[np.int32]], num_classes: int) -> npt.NDArray[np.uint8]:
-    """(n, C) from n lists of class indices."""
-    lists = list(lists)
-    hot = np.zeros((len(lists), num_classes), np.uint8)
-    for row, labels in enumerate(lists):
-        hot[row, labels] = 1
-    return hot

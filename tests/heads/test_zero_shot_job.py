@@ -1,6 +1,8 @@
 """Zero-shot evaluation and demonstration: toy images, a tiny CLIP, open_clip's own classifier."""
 
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -27,6 +29,7 @@ from featcache.errors import (
 from featcache.extract import ExtractConfig
 from featcache.images import load_pixels
 from featcache.prompts import TEMPLATES
+from featcache.streamed import StreamedManifest
 from heads.image_text import require_text
 from heads.prediction_figure import Shown, grid, write_figures
 from heads.scoring import gather
@@ -405,3 +408,37 @@ def test_an_adapted_backbone_is_measured_as_any_other(
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     before = run(job(**options)).table.set_index("class")["probability"][names]
     assert not np.allclose(found, before, rtol=1e-2), "the change of the towers is not seen"
+
+
+def test_tars_are_evaluated_and_only_one_split_is_read(
+    job: Callable[..., ZeroShotJobConfig],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "tars" / split).mkdir(parents=True)
+        with tarfile.open(tmp_path / "tars" / split / "000.tar", "w") as tar:
+            for file in sorted(photos.rglob("*.jpg")):
+                label = str(sorted(NAMES).index(file.parent.name)).encode()
+                for name, data in ((file.name, file.read_bytes()), (f"{file.stem}.cls", label)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(sorted(NAMES)))
+    tars = {split: str(tmp_path / "tars" / split / "*.tar") for split in ("train", "test")}
+    dataset = {"kind": "webdataset", **tars, "classes": names, "index": tmp_path / "index"}
+    read: list[tuple[int, int]] = []
+    block = StreamedManifest.block
+
+    def noting(manifest: StreamedManifest, start: int, stop: int) -> Any:
+        read.append((start, stop))
+        return block(manifest, start, stop)
+
+    monkeypatch.setattr(StreamedManifest, "block", noting)
+    found = run(job(dataset=dataset, templates="plain"))
+    assert read == [(17, 34)]
+    whole = run(job(templates="plain"))
+    assert found.metrics["top1"] == whole.metrics["top1"]
+    assert list(found.per_class["top1"]) == list(whole.per_class["top1"])

@@ -1,6 +1,6 @@
 """A training step of LoRA on ViT-B-32's image tower, against peft, plain W + BA and full tuning.
 
-    python benchmarks/lora.py                                  # about 8 minutes on 2 cores
+    python benchmarks/lora.py                                  # 5 CPU minutes
     python benchmarks/lora.py --model ViT-B-16 --batch 128     # on a GPU: bf16, MFU, peak memory
     python benchmarks/lora.py --model demo --repeats 1 --output /tmp/x.json    # a try
 
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="ViT-B-32", help="open_clip's name of a ViT, or demo")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile every side's tower")
     parser.add_argument("--output", type=Path, default=RESULT)

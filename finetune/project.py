@@ -29,7 +29,7 @@ from featcache.config import Config, run_job
 from featcache.precision import resolve_device
 from featcache.prompts import choose_zero_shot, expand
 from featcache.reader import Cache, open_cache
-from featcache.reporting.style import INK, MUTED, PALETTE, dress, figure
+from featcache.reporting.style import MUTED, PALETTE, dress, figure
 from featcache.storage import CachePath
 from finetune.checkpoint import LAST, read_state, save_state, seed_all
 from finetune.losses import AnyPairLoss, PairLossConfig
@@ -321,11 +321,12 @@ def _draw(file: Path, history: list[dict[str, Any]], before: dict[str, float]) -
         values = [100 * sum(line[name] for name in names) / 2 for line in history]
         epochs = [line["epoch"] for line in history]
         bottom.plot(epochs, values, color=color, lw=2)
-        bottom.axhline(100 * sum(before[n] for n in names) / 2, color=color, ls=":", lw=1.4)
+        start = 100 * sum(before[n] for n in names) / 2
+        bottom.plot([0, epochs[-1]], [start, start], color=color, ls=":", lw=1.4)
         bottom.annotate(f" R@{k}", (epochs[-1], values[-1]), color=color, fontsize=9.5, va="center")
     dress(bottom, "Validation recall, %: both ways averaged; dotted: before")
     bottom.set_xlabel("epoch", color=MUTED, fontsize=9.5)
-    top.title.set_color(INK)
+    bottom.margins(x=0.08)
     made.savefig(file)
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from featcache.backbones.base import Backbone
 from featcache.backbones.trainable import TrainableTowers
-from featcache.errors import CacheError, CacheMismatchError
-from featcache.identity import BackboneIdentity, differences
+from featcache.errors import CacheError
 from featcache.reader import Cache
 from heads.data import FeatureTable
 from heads.parts import Part
@@ -125,17 +124,3 @@ def require_tokens(cache: Cache, num_blocks: int = 1) -> int:
             f"{num_blocks}; lower that, or extract with --features.tokens before_last:{num_blocks}"
         )
     return held
-
-
-def require_same_encoder(cache: Cache, identity: BackboneIdentity) -> None:
-    """Checks that a cache's features come from the backbone that is trained further.
-
-    Raises:
-        CacheMismatchError: naming the first differing field.
-    """
-    found = cache.identity.backbone.record()
-    for name, have, want in differences(found, identity.record()):
-        raise CacheMismatchError(
-            f"{cache.path}: backbone.{name} differs: its features were computed with {have!r}, the "
-            f"backbone to be trained has {want!r}; give the backbone that wrote the cache"
-        )

@@ -178,8 +178,12 @@ class ProjectedBackbone(Backbone):
         """
         self._base, self._heads = base, heads
         self.device, self.precision = base.device, base.precision
-        scale = float(heads.logit_scale.detach().exp())
-        self.spec = replace(base.spec, projected_dim=heads.dim, logit_scale=scale)
+        self.spec = replace(
+            base.spec,
+            projected_dim=heads.dim,
+            logit_scale=heads.logit_scale.detach().exp().item(),
+            logit_bias=heads.logit_bias.detach().item(),
+        )
         self.model: Any = getattr(base, "model", None)
 
     def project_image(self, features: Tensor) -> Tensor:

@@ -100,22 +100,39 @@ def read_adapter(folder: Path) -> AdapterFolder:
     Raises:
         BackboneError: no such folder, or files that are missing, damaged or of another format.
     """
+    record = read_record(folder)
+    try:
+        config: AdapterConfig = TypeAdapter(AnyAdapter).validate_python(record["adapter"])
+        identity = BackboneIdentity.model_validate(record["base_identity"])
+        tensors = load((folder / TENSORS).read_bytes())
+        return AdapterFolder(record["base"], identity, config, tensors, record)
+    except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Content of adapter.json, without the tensors; `base` holds the options of the base.
+
+    Raises:
+        BackboneError: see `read_adapter`.
+    """
     if not (folder / RECORD).is_file():
         found = "no such folder" if not folder.is_dir() else f"no {RECORD} in it"
         raise BackboneError(f"{folder}: {found}; expected a folder that finetune.train wrote")
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise BackboneError(
-                f"{folder}: adapter format {record['format']!r}, this version reads {FORMAT}"
-            )
-        config: AdapterConfig = TypeAdapter(AnyAdapter).validate_python(record["adapter"])
-        identity = BackboneIdentity.model_validate(record["base_identity"])
-        tensors = load((folder / TENSORS).read_bytes())
-        return AdapterFolder(dict(record["base"]), identity, config, tensors, record)
-    except (OSError, ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise BackboneError(f"{folder}: damaged adapter ({reason[:200]}); write it anew") from None
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        version = record["format"]
+        record["base"] = dict(record["base"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from None
+    if version != FORMAT:
+        raise BackboneError(f"{folder}: adapter format {version!r}, this version reads {FORMAT}")
+    return record
+
+
+def _damaged(folder: Path, error: Exception) -> BackboneError:
+    reason = " ".join(str(error).split())
+    return BackboneError(f"{folder}: damaged adapter ({reason[:200]}); write it anew")
 
 
 def attach(folder: AdapterFolder, backbone: Backbone) -> Adapter:

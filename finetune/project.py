@@ -318,6 +318,8 @@ def _draw(file: Path, history: list[dict[str, Any]], before: dict[str, float]) -
     dress(top, "Training loss, nats")
     for color, k in zip(PALETTE, (1, 5, 10), strict=False):
         names = [f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image")]
+        if any(name not in before for name in names):
+            continue  # a split of fewer than k images
         values = [100 * sum(line[name] for name in names) / 2 for line in history]
         epochs = [line["epoch"] for line in history]
         bottom.plot(epochs, values, color=color, lw=2)

@@ -23,20 +23,41 @@ class AdaptedConfig(BackboneConfig):
     base_model: str = ""
     """What the base's own option `model` is now, if it is not where it was in training."""
 
+    @property
+    def default_text_policy(self) -> str:
+        """The base's."""
+        return self._base().default_text_policy
+
+    @property
+    def image_only(self) -> bool:
+        """Whether the base is."""
+        return self._base().image_only
+
+    def _base(self) -> BackboneConfig:
+        """Options that open the base.
+
+        Raises:
+            BackboneError: damaged folder.
+        """
+        # Here: adapters import backbones.base, and the union of all kinds holds this one.
+        from featcache import adapter_folder
+        from featcache.backbones import AnyBackbone
+
+        recorded = adapter_folder.read_record(Path(self.model))["base"]
+        options = recorded | ({"model": self.base_model} if self.base_model else {})
+        base: BackboneConfig = TypeAdapter(AnyBackbone).validate_python(options)
+        return base
+
     def open(self, device: str = "cpu", precision: Precision = "fp32") -> Backbone:
         """The adapted encoder, in evaluation mode, gradients off.
 
         Raises:
             BackboneError: damaged folder, or a base that is missing or has other weights.
         """
-        # Here: adapters import backbones.base, and the union of all kinds holds this one.
-        from featcache import adapter_folder
-        from featcache.backbones import AnyBackbone
+        from featcache import adapter_folder  # here for the same reason
 
         held = adapter_folder.read_adapter(Path(self.model))
-        options = held.base | ({"model": self.base_model} if self.base_model else {})
-        base: BackboneConfig = TypeAdapter(AnyBackbone).validate_python(options)
-        backbone = base.open("cpu", "fp32")
+        backbone = self._base().open("cpu", "fp32")
         adapter = adapter_folder.attach(held, backbone)
         adapter.fold()
         adapter.requires_grad_(False)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -335,13 +335,18 @@ class Backbone(ABC):
 class BackboneConfig(Config):
     """Options that every backbone shares."""
 
-    default_text_policy: ClassVar[str] = "raw"
-    """How captions enter the text tower unless `features.text_policy` says otherwise."""
-    image_only: ClassVar[bool] = False
-    """True for kinds without a text tower, and so without a projection into a shared space."""
-
     kind: str
     """Backbone kind."""
+
+    @property
+    def default_text_policy(self) -> str:
+        """How captions enter the text tower unless `features.text_policy` says otherwise."""
+        return "raw"
+
+    @property
+    def image_only(self) -> bool:
+        """True without a text tower, and so without a projection into a shared space."""
+        return False
 
     @abstractmethod
     def open(self, device: str = "cpu", precision: Precision = "fp32") -> Backbone:

@@ -11,7 +11,7 @@ token goes into the matching head.
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -76,8 +76,6 @@ _TOKENIZER_KEYS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 class BlipConfig(BackboneConfig):
     """BLIP image-text retrieval models of transformers."""
 
-    default_text_policy: ClassVar[str] = "picture_of"
-
     kind: Literal["blip"] = "blip"
     """Backbone kind."""
     model: str = "base"
@@ -88,6 +86,11 @@ class BlipConfig(BackboneConfig):
     enc_token: bool = False
     """Whether the joint encoder sees [ENC] in place of [CLS], as BLIP's own training did;
     transformers, and what was trained on its features, keep [CLS]."""
+
+    @property
+    def default_text_policy(self) -> str:
+        """BLIP's captions were trained behind a prompt."""
+        return "picture_of"
 
     def open(self, device: str = "cpu", precision: Precision = "fp32") -> "Blip":
         """The encoder with its weights loaded, in evaluation mode, gradients off.

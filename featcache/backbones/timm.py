@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -38,8 +38,6 @@ from featcache.identity import BackboneIdentity, Precision, fingerprint
 class TimmConfig(BackboneConfig):
     """Image encoders of timm; they know no text."""
 
-    image_only: ClassVar[bool] = True
-
     kind: Literal["timm"] = "timm"
     """Backbone kind."""
     model: str = "vit_small_patch16_224"
@@ -51,6 +49,11 @@ class TimmConfig(BackboneConfig):
     image_size: PositiveInt | None = None
     """Height and width of the input in pixels; unset = the size the weights were trained with.
     Transformers interpolate their position embeddings."""
+
+    @property
+    def image_only(self) -> bool:
+        """True: timm's models know no text."""
+        return True
 
     def open(self, device: str = "cpu", precision: Precision = "fp32") -> "Timm":
         """The encoder with its weights loaded, in evaluation mode, gradients off.

@@ -380,10 +380,24 @@ def _frozen(
 
 
 def _completed(config: TrainConfig, cache: Cache | None) -> TrainConfig:
-    """The configuration with dataset and backbone of the cache where they are unset."""
-    if cache is None:
-        return config
+    """The configuration with what is unset filled in: dataset and backbone of the cache, steps.
+
+    Raises:
+        ConfigError: if the cache cannot say, or steps are to follow from shots and there are none.
+    """
     filled: dict[str, Any] = {}
+    per_shot = config.optim.steps_per_shot
+    if per_shot is not None:
+        shots = None if config.dataset is None else config.dataset.shots
+        if shots is None:
+            raise ConfigError(
+                f"optim.steps_per_shot={per_shot} needs dataset.shots, which is unset; set "
+                "optim.steps or optim.epochs instead"
+            )
+        steps = {"steps": per_shot * shots, "steps_per_shot": None}
+        filled["optim"] = config.optim.model_copy(update=steps)
+    if cache is None:
+        return config.model_copy(update=filled)
     for name, members in (("dataset", DATASETS), ("backbone", BACKBONES)):
         record = cache.attributes[name]
         if getattr(config, name) is not None:

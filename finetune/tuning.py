@@ -1,8 +1,8 @@
 """Options of fine-tuning: head, text alignment, optimiser, early stopping."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from featcache.config import Config
 from heads.optim import ScheduleConfig
@@ -57,6 +57,9 @@ class TuningConfig(Config):
     """Most passes over the training rows."""
     steps: PositiveInt | None = None
     """Optimiser steps; unset = all of `epochs`, otherwise as many epochs as it takes."""
+    steps_per_shot: PositiveInt | None = None
+    """Optimiser steps for each training image a class that `dataset.shots` keeps, in place of
+    `steps`; few-shot CLIP-LoRA takes 500."""
     schedule: ScheduleConfig = ScheduleConfig(shape="constant", warmup_steps=0)
     """Learning-rate schedule, over all steps whether or not the training stops early."""
     final_lr: NonNegativeFloat = 0.0
@@ -72,6 +75,15 @@ class TuningConfig(Config):
     compile: bool = False
     """Compile the image tower (torch.compile): a first step of minutes, then faster ones on a GPU.
     Needs a C++ compiler."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.steps_per_shot is not None:
+            raise ValueError(
+                f"steps {self.steps} and steps_per_shot {self.steps_per_shot} both say how long to "
+                "train; leave one out"
+            )
+        return self
 
 
 class StopConfig(Config):

@@ -241,13 +241,14 @@ def test_several_labels_and_class_names_alone(toy: Path, tmp_path: Path) -> None
             tmp_path / "alone",
             objective="image_text",
             val_split="none",
-            optim={"lr": 1e-3, "steps": 9, "batch_size": 16, "final_lr": 1e-6},
+            dataset={"kind": "table", "file": str(toy / "toy.csv"), "shots": 16},
+            optim={"lr": 1e-3, "steps_per_shot": 1, "batch_size": 16, "final_lr": 1e-6},
         )
     )
     assert "test_acc_cls" not in alone.metrics
     assert "val_acc_txt" not in alone.metrics
-    assert alone.metrics["steps"] == 9
-    assert alone.metrics["best_epoch"] == 3
+    assert alone.metrics["steps"] == 16
+    assert alone.metrics["best_epoch"] == alone.metrics["epochs"] == 6
     head = load_run(tmp_path / "alone" / "head")
     assert head.config.kind == "linear"
     own = json.loads((tmp_path / "alone" / "head" / "metrics.json").read_text())
@@ -262,6 +263,7 @@ def test_several_labels_and_class_names_alone(toy: Path, tmp_path: Path) -> None
         ({"dataset": None}, "dataset is unset, and there is no cache"),
         ({"adapter": "projection"}, "finetune.project"),
         ({"inputs": "tokens"}, "needs a cache"),
+        ({"optim": {"steps": 3, "steps_per_shot": 3}}, "both say how long"),
     ],
 )
 def test_options_that_contradict_each_other(

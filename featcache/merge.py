@@ -9,6 +9,7 @@ cache it is another backbone, as its weights are.
 
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field, TypeAdapter
@@ -16,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from featcache.adapter_folder import attach, read_adapter
 from featcache.backbones import AnyBackbone
 from featcache.backbones.adapted import AdaptedConfig
-from featcache.backbones.base import BackboneConfig
+from featcache.backbones.base import Backbone, BackboneConfig
 from featcache.backbones.weights import weights_hash
 from featcache.config import Config, run_job
 from featcache.errors import BackboneError
@@ -48,19 +49,7 @@ def run(config: MergeConfig) -> BackboneConfig:
         )
     if config.out.exists():
         raise BackboneError(f"{config.out}: exists already; delete it or choose another --out")
-    held = read_adapter(Path(config.backbone.model))
-    base: BackboneConfig = TypeAdapter(AnyBackbone).validate_python(
-        held.base | ({"model": config.backbone.base_model} if config.backbone.base_model else {})
-    )
-    backbone = base.open("cpu", "fp32")
-    adapter = attach(held, backbone)
-    if not adapter.mergeable:
-        raise BackboneError(
-            f"{config.backbone.model}: adapter {held.adapter.kind} adds parts that no weight of "
-            f"{held.base_identity.name} can hold, so it cannot be merged; open it as "
-            "backbone.kind adapted"
-        )
-    adapter.fold()
+    base, backbone = _folded(config.backbone)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     building = config.out.with_name(f"{config.out.name}.partial-{secrets.token_hex(4)}")
     building.mkdir()
@@ -78,6 +67,27 @@ def run(config: MergeConfig) -> BackboneConfig:
     merged = _merged(base, config.out)
     print("merged:", " ".join(f"--backbone.{name} {v}" for name, v in merged.record().items() if v))
     return merged
+
+
+def _folded(config: AdaptedConfig) -> tuple[BackboneConfig, Backbone]:
+    """The backbone with every adapter on the way folded, and the options of the one at its root."""
+    held = read_adapter(Path(config.model))
+    options = held.base | ({"model": config.base_model} if config.base_model else {})
+    base: BackboneConfig = TypeAdapter(AnyBackbone).validate_python(options)
+    root, backbone = (
+        _folded(base) if isinstance(base, AdaptedConfig) else (base, base.open("cpu", "fp32"))
+    )
+    adapter = attach(held, backbone)
+    if not adapter.mergeable:
+        raise BackboneError(
+            f"{config.model}: adapter {held.adapter.kind} adds parts that no weight of "
+            f"{held.base_identity.name} can hold, so it cannot be merged; open it as "
+            "backbone.kind adapted"
+        )
+    adapter.fold()
+    backbone = adapter.finish(backbone)
+    backbone.spec = replace(backbone.spec, identity=held.identity())
+    return root, backbone
 
 
 def _merged(base: BackboneConfig, folder: Path) -> BackboneConfig:

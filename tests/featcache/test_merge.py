@@ -93,6 +93,22 @@ def test_open_clip_itself_opens_it(bases, tmp_path):
     torch.testing.assert_close(text, expected.encode_text(TEXTS), atol=1e-6, rtol=1e-6)
 
 
+def test_an_adapter_on_an_adapted_backbone(bases, tmp_path):
+    first = adapted(bases["open_clip"], LoraConfig(rank=2), tmp_path / "first")
+    second = adapted(first, LoraConfig(rank=3, sites=("fc1",)), tmp_path / "second")
+    options = merge.run(MergeConfig(backbone=second, out=tmp_path / "merged"))
+    assert options.kind == "open_clip"
+    wanted, before = features(second.open()), features(first.open())
+    for name, values in features(options.open()).items():
+        torch.testing.assert_close(values, wanted[name], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(wanted["projected"], before["projected"], atol=1e-3)
+
+    prompted = adapted(bases["open_clip"], VptConfig(), tmp_path / "prompted")
+    above = adapted(prompted, LoraConfig(rank=2), tmp_path / "above")
+    with pytest.raises(BackboneError, match="prompted: adapter vpt adds parts"):
+        merge.run(MergeConfig(backbone=above, out=tmp_path / "none"))
+
+
 def test_what_no_weight_can_hold_is_refused(bases, tmp_path):
     source = adapted(bases["open_clip"], VptConfig(), tmp_path / "adapted")
     with pytest.raises(BackboneError, match="adapter vpt adds parts that no weight of"):

@@ -4,10 +4,11 @@ A loss over pairs needs the features of the whole batch, a tower's backward need
 and only the latter are large. So: features of all chunks first, without activations; the loss and
 its gradient by the features; then each chunk once more with activations, and that gradient through
 it. The result is the gradient of the whole batch, all negatives included, for one more forward
-pass. One chunk takes the ordinary way and encodes once.
+pass.
 
 Reference: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
-(2021), section 3.2 (gradient caching).
+(2021), section 3.2 (gradient caching). Departure: the first chunk keeps its activations from the
+first encoding, so n chunks are encoded 2n − 1 times and one chunk once, the ordinary way.
 
 Dropout and every other draw from torch's generators is the same in both encodings of a chunk.
 Batch normalisation has no whole batch to normalise by: it takes the statistics of a chunk, as it
@@ -54,40 +55,36 @@ def contrastive_step(
     """
     if not chunks:
         raise ValueError("no chunk to encode; a batch has one or more")
-    if len(chunks) == 1:
-        with towers.chunk(last=True):
-            value = loss(*encode(chunks[0]))
-            scaled(value).backward()  # type: ignore[no-untyped-call]
-        towers.add_up()
-        return value.detach()
+    alone = len(chunks) == 1
     device = towers.group.device
+    with towers.chunk(last=alone):
+        first = encode(chunks[0])
+    parts: list[Features] = [first]
     states: list[_RandomState] = []
-    parts: list[Features] = []
     with torch.no_grad(), _statistics_untouched(towers.module):
-        for chunk in chunks:
+        for chunk in chunks[1:]:
             states.append(_RandomState(device))
             parts.append(encode(chunk))
     # Older torch finds casts made without gradients again, under an autocast around both passes.
     torch.clear_autocast_cache()
-    images, texts = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
+    images, texts = (
+        torch.cat([side.detach() for side in sides]).requires_grad_()
+        for sides in zip(*parts, strict=True)
+    )
     value = loss(images, texts)
     scaled(value).backward()  # type: ignore[no-untyped-call]
     assert images.grad is not None
     assert texts.grad is not None
     sizes = [len(part[0]) for part in parts]
+    slopes = list(zip(torch.split(images.grad, sizes), torch.split(texts.grad, sizes), strict=True))
     del parts
-    for place, (chunk, state, by_images, by_texts) in enumerate(
-        zip(
-            chunks,
-            states,
-            torch.split(images.grad, sizes),
-            torch.split(texts.grad, sizes),
-            strict=True,
-        )
-    ):
+    with towers.chunk(last=alone):
+        torch.autograd.backward(first, slopes[0])
+    del first  # its activations go before others come
+    for place, (chunk, state) in enumerate(zip(chunks[1:], states, strict=True), 1):
         state.restore()
         with towers.chunk(last=place == len(chunks) - 1):
-            torch.autograd.backward(encode(chunk), (by_images, by_texts))
+            torch.autograd.backward(encode(chunk), slopes[place])
     towers.add_up()
     return value.detach()
 
@@ -118,15 +115,18 @@ class _RandomState:
 
 @contextmanager
 def _statistics_untouched(module: nn.Module) -> Iterator[None]:
-    """Leaves running statistics as they are, for a pass that will be repeated."""
-    held = [
-        (buffer, buffer.clone())
+    """Normalises by the rows at hand as ever, without counting them: they will come again."""
+    norms = [
+        part
         for part in module.modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
-        for buffer in part.buffers(recurse=False)
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        and part.training
+        and part.track_running_stats
     ]
+    for norm in norms:
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for buffer, before in held:
-            buffer.copy_(before)
+        for norm in norms:
+            norm.track_running_stats = True

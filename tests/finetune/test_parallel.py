@@ -183,7 +183,7 @@ def test_pretraining_by_two_processes_is_that_of_one(folder: Path, name: str) ->
 
 
 def test_shards_in_float16_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="no loss scaling for fp16.*bf16"):
+    with pytest.raises(ConfigError, match=r"no loss scaling for fp16.*bf16"):
         pretrain.run(pretraining(folder, "fp16", strategy="fsdp", precision="fp16"))
 
 

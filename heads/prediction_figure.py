@@ -19,7 +19,7 @@ from heads.run_folder import write_atomic
 IMAGES_PER_PAGE = 24
 """Most images of one picture; further ones go to further pictures."""
 _PAIRS_PER_ROW = 2
-_LONGEST_NAME = 24
+_LONGEST_NAME, _LONGEST_TITLE = 24, 30
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def write_figures(folder: Path, shown: Sequence[Shown], alone: bool) -> list[Pat
 def _image(axes: Axes, shown: Shown) -> None:
     axes.imshow(shown.image)
     axes.set_axis_off()
-    axes.set_title(short_name(shown.title, 30), loc="left", fontsize=9, color=MUTED)
+    title = shown.title  # a path, of which the end tells more than the beginning
+    title = title if len(title) <= _LONGEST_TITLE else "…" + title[1 - _LONGEST_TITLE :]
+    axes.set_title(title, loc="left", fontsize=9, color=MUTED)
 
 
 def _bars(axes: Axes, shown: Shown) -> None:

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from featcache.backbones.base import FeatureRequest
 from featcache.backbones.blip import BlipConfig
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.errors import BackboneError, CacheMismatchError, ConfigError
 from featcache.extract import ExtractConfig, run
 from featcache.extraction import Extraction
+from featcache.images import load_pixels
 from featcache.info import InfoConfig
 from featcache.info import run as info
 from featcache.precision import Sample, open_checked
@@ -31,6 +33,8 @@ from heads.predict import run as predict
 from heads.run_folder import Member
 from heads.train import TrainConfig
 from heads.train import run as train
+from heads.zero_shot import ZeroShotJobConfig
+from heads.zero_shot import run as zero_shot
 
 JOINT = {"multimodal": "states", "itm": True, "storage_dtype": "float32"}
 NAMES = ("image/multimodal", "image/multimodal_mask", "image/multimodal_pooled", "image/itm")
@@ -444,3 +448,31 @@ def test_cached_tokens_before_the_last_block_give_the_projected_feature(make):
     finished = config.backbone.open().finish_from(tokens, 1)
     expected = torch.from_numpy(cache.array("image/projected").read())
     assert torch.cosine_similarity(finished, expected).min() > 0.999
+
+
+def test_zero_shot_reads_blip(image_folder, tiny_blip, tmp_path):
+    file = image_folder / "train" / "cat" / "00.jpg"
+    words = ["cat", "dog", "mat", "picture"]  # all in the toy's vocabulary, so none are alike
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(words))
+    config = ZeroShotJobConfig.model_validate(
+        {
+            "images": file,
+            "backbone": {"kind": "blip", "model": str(tiny_blip)},
+            "templates": "plain",
+            "classes": str(names),
+            "precision": "fp32",
+            "device": "cpu",
+            "out": tmp_path / "out",
+            "figure": False,
+            "quiet": True,
+        }
+    )
+    backbone = BlipConfig(model=str(tiny_blip)).open()
+    pixels = load_pixels(file.read_bytes(), backbone.spec.pixels)
+    image = normalize(backbone.encode_image(pixels, FeatureRequest())["projected"], dim=1)
+    texts = normalize(backbone.encode_text([f"a photo of a {name}." for name in words]), dim=1)
+    shares, index = (35 * image @ texts.T)[0].softmax(0).sort(descending=True)
+    found = zero_shot(config).table
+    assert list(found["class"]) == [words[number] for number in index]
+    np.testing.assert_allclose(found["probability"], shares, rtol=1e-4)

@@ -189,6 +189,15 @@ def test_f33_any_number_of_images_is_drawn(count: int, tmp_path: Path) -> None:
     assert [[bar.get_width() for bar in one.patches] for one in bars] == [[0.75, 0.25]] * count
 
 
+def test_a_long_path_shows_its_end() -> None:
+    image = Image.new("RGB", (8, 6))
+    long = f"{'folder/' * 9}an_image.jpg"
+    axes = grid([Shown(long, image, ["a"], [1.0])]).axes
+    title = axes[0].get_title(loc="left")
+    assert len(title) == 30
+    assert long.endswith(title.removeprefix("…"))
+
+
 def test_more_images_than_a_picture_holds_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

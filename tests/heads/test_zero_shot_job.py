@@ -165,6 +165,23 @@ def test_f32_names_have_blanks_and_classes_are_told_apart_by_number(
     assert found.per_class["top1"][1] == 0, "equal names: the first is named"
 
 
+def test_f32_imagenet_classes_of_one_name_stay_two(
+    job: Callable[..., ZeroShotJobConfig], tmp_path: Path, make_jpeg: MakeJpeg
+) -> None:
+    names = {"n02012849": "crane", "n03126707": "crane", "n02119789": "kit_fox"}
+    for number, wordnet_id in enumerate(names):
+        folder = tmp_path / "imagenet" / wordnet_id
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(make_jpeg(40, 40, number))
+    lines = [f"{key} {number} {name}" for number, (key, name) in enumerate(names.items(), start=1)]
+    (tmp_path / "map.txt").write_text("\n".join(lines))
+    dataset = {"kind": "wordnet_folder", "root": tmp_path / "imagenet"}
+    found = run(job(dataset={**dataset, "names": tmp_path / "map.txt"}))
+    assert list(found.per_class["name"]) == ["crane bird", "kit fox", "construction crane"]
+    assert found.files.text.read_text().count("crane") == 2
+    assert len(json.loads(found.files.metrics.read_text())["templates"]) == 80
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_f32_accuracy_is_over_images_whatever_the_batch(
     job: Callable[..., ZeroShotJobConfig], batch_size: int

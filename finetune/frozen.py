@@ -32,6 +32,7 @@ class Frozen:
         extraction_seconds: what the last extraction of the cache took; None = not known.
         extraction_images: images that it encoded.
         num_parameters: trained.
+        rows_seen: training rows times epochs.
     """
 
     run: str
@@ -42,6 +43,7 @@ class Frozen:
     extraction_seconds: float | None
     extraction_images: int | None
     num_parameters: int
+    rows_seen: int
 
     def record(self) -> dict[str, Any]:
         """Plain values for metrics.json."""
@@ -53,6 +55,7 @@ class Frozen:
 def train_frozen(
     cache: Cache,
     folder: Path,
+    name: str,
     *,
     train_split: str,
     val_split: str | None,
@@ -66,6 +69,7 @@ def train_frozen(
     Args:
         cache: of the backbone before it is adapted.
         folder: run folder to write.
+        name: where it will be in the end, for records.
         train_split: split to train on.
         val_split: that decides; see `heads.train.TrainConfig`.
         val_fraction: held out where it is carved.
@@ -89,7 +93,7 @@ def train_frozen(
             report=False,
         )
     )
-    return _of_metrics(folder, str(cache.path), report.metrics, cache)
+    return _of_metrics(name, str(cache.path), report.metrics, cache)
 
 
 def read_frozen(run: Path) -> Frozen:
@@ -100,17 +104,17 @@ def read_frozen(run: Path) -> Frozen:
         cache = open_cache(place(where))
     except CacheError:  # gone by now: only the cost of its extraction is not known
         cache = None
-    return _of_metrics(run, where, read_json(run / "metrics.json"), cache)
+    return _of_metrics(str(run), where, read_json(run / "metrics.json"), cache)
 
 
-def _of_metrics(run: Path, where: str, values: dict[str, Any], cache: Cache | None) -> Frozen:
+def _of_metrics(run: str, where: str, values: dict[str, Any], cache: Cache | None) -> Frozen:
     metric = values["metric"]
     metrics: dict[str, dict[str, float]] = {
         role: values[role] for role in ("val", "test") if role in values
     }
     summary = {} if cache is None else cache.attributes.get("summary", {})
     return Frozen(
-        run=str(run),
+        run=run,
         cache=where,
         accuracy={role: found[metric] for role, found in metrics.items()},
         metrics=metrics,
@@ -118,6 +122,7 @@ def _of_metrics(run: Path, where: str, values: dict[str, Any], cache: Cache | No
         extraction_seconds=summary.get("seconds"),
         extraction_images=summary.get("num_extracted"),
         num_parameters=values["num_parameters"],
+        rows_seen=values["num_train_rows"] * values["epochs"],
     )
 
 

@@ -307,6 +307,7 @@ def _train(
         source.close()
     num_bytes = (folder / TENSORS).stat().st_size
     values = result_values(tuned, fitted, measured, metric, num_bytes, device)
+    values["inputs"] = "pixels" if cache is None or material.manifest is not None else "tokens"
     run_folder.write_history(folder / "history.jsonl", fitted.history)
     dataset = EncodedDataset(config.out, material, finished)
     head = write_head(
@@ -370,6 +371,7 @@ def _frozen(
     return frozen.train_frozen(
         cache,
         folder / frozen.FOLDER,
+        str(config.out / frozen.FOLDER),
         train_split=config.train_split,
         val_split=None if config.val_split == building.NO_SPLIT else config.val_split,
         val_fraction=config.val_fraction,

@@ -126,9 +126,12 @@ def compare_section(values: Mapping[str, Any], frozen: Frozen | None) -> Section
     elif frozen.extraction_seconds is None:
         text = f"The cache {frozen.cache} is gone, so what its extraction took is not known."
     else:
+        each = "the last blocks forwards and backwards over the tokens of every image"
+        if values["inputs"] == "pixels":
+            each = "the backbone forwards over every image, and backwards as far as it is trained"
         text = (
             f"Frozen: {frozen.run}. Its cache is extracted once, for all heads; each epoch of "
-            "adapting runs the backbone forwards and backwards over every image."
+            f"adapting runs {each}."
         )
     return Section("comparison", "Frozen and adapted", body + page.paragraph(text, note=True))
 
@@ -155,19 +158,21 @@ def costs(values: Mapping[str, Any], frozen: Frozen | None) -> list[list[str]]:
     adapted = {
         "numbers trained": f"{values['num_parameters']:,}",
         "on disk": f"{values['adapter_bytes'] / 1e6:,.2f} MB",
-        "extraction before it": "none",
+        "extraction before it": "none" if values["inputs"] == "pixels" else "the same",
         "training": f"{values['seconds']:,.1f} s",
         "training, per image and epoch": f"{values['seconds'] / images * 1e3:,.2f} ms",
         "encoding a new image": f"{1e3 / values['encoding_images_per_second']:,.2f} ms",
     }
     if frozen is None:
         return [[what, cost] for what, cost in adapted.items()]
+    if values["inputs"] == "tokens":
+        del adapted["encoding a new image"]  # measured from tokens, not from images
     own = {
         "numbers trained": f"{frozen.num_parameters:,}",
         "on disk": f"{frozen.num_parameters * 4 / 1e6:,.2f} MB",
         "extraction before it": "not known",
         "training": f"{frozen.seconds:,.1f} s",
-        "training, per image and epoch": "",
+        "training, per image and epoch": f"{frozen.seconds / frozen.rows_seen * 1e3:,.2f} ms",
         "encoding a new image": "not known",
     }
     if frozen.extraction_seconds is not None and frozen.extraction_images:

@@ -71,9 +71,9 @@ class SavedState:
             for group, live in targets.items():
                 for name, tensor in live.items():
                     put(tensor, self.tensors[group][name])
-        parameters = [p for part in optimizer.param_groups for p in part["params"]]
+        parameters = [p.detach() for part in optimizer.param_groups for p in part["params"]]
         moments_there = {
-            index: {n: laid_out(m, parameters[index]) if m.ndim else m for n, m in moments.items()}
+            index: {n: _like(m, parameters[index]) if m.ndim else m for n, m in moments.items()}
             for index, moments in self._moments.items()
         }
         groups = optimizer.state_dict()["param_groups"]
@@ -95,6 +95,18 @@ class SavedState:
             f"{self.path}: does not fit this training: {name} is {found}, expected {expected}; "
             "train anew with --restart"
         )
+
+
+def _like(moment: Tensor, parameter: Tensor) -> Tensor:
+    """A moment as its parameter is: sharded if that is, and in its order in memory.
+
+    Fused kernels go through parameter, gradient and moments side by side in memory: in another
+    order (channels_last) a moment would be another element's.
+    """
+    moment = laid_out(moment, parameter)
+    if moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def save_state(

@@ -43,6 +43,7 @@ from finetune.pairs import Pairs, pairs_of
 from finetune.parallel import Strategy
 from finetune.pretrain_checkpoint import (
     checkpoints,
+    forget_half_written,
     read_checkpoint,
     weights_of,
     write_checkpoint,
@@ -205,6 +206,7 @@ def _folder(config: PretrainConfig, record: dict[str, Any], group: Group) -> Ite
         yield group.follow(config.out)
         return
     with resumable(config.out, record, config.restart) as folder:
+        forget_half_written(folder)
         yield group.follow(folder)
 
 

@@ -39,6 +39,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
+def forget_half_written(folder: Path) -> None:
+    """Deletes what a run left that was killed while it wrote a checkpoint."""
+    for path in folder.glob(".checkpoint_*"):
+        shutil.rmtree(path)
+
+
 def weights_of(training: Training, vocabulary: UsedVocabulary | None) -> dict[str, Tensor]:
     """The model's tensors by name, whole, on the CPU; every process must call it."""
     state = {}
@@ -73,8 +79,7 @@ def write_checkpoint(
         problems: images found unreadable, with the reason.
     """
     state = weights_of(training, vocabulary)
-    epoch = progress.history[-1]["epoch"] if progress.history else 1
-    name = f"checkpoint_{epoch}_{progress.step}"
+    name = f"checkpoint_{progress.epoch}_{progress.step}"
     partial = folder / f".{name}.{secrets.token_hex(4)}"
     values = {
         "progress": asdict(progress),

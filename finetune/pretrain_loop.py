@@ -38,6 +38,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
+        epoch: that the last of them was in, from 1.
         seconds: spent in training, in all runs of it, without validations and saving.
         waited: of them, waiting for pixels.
         losses: of the steps since the last record.
@@ -45,6 +46,7 @@ class Progress:
     """
 
     step: int = 0
+    epoch: int = 1
     seconds: float = 0.0
     waited: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -211,7 +213,7 @@ def train(
         seed_all(seed, 2, progress.step, group.rank)
         set_lr(training.optimizer, factor(progress.step))
         unseen.append(training.step(batch))
-        progress.step += 1
+        progress.step, progress.epoch = progress.step + 1, batch.epoch + 1
         done, last = progress.step, progress.step == rhythm.num_steps
         validates = validate is not None and rhythm.validates(done)
         logs = last or validates or done % rhythm.log_every == 0
@@ -228,7 +230,7 @@ def train(
         progress.seconds = seconds + time.perf_counter() - resumed
         progress.waited = waited + stream.waited
         if logs:
-            entry = _entry(training, progress, batch.epoch, norms[-1], batch_size)
+            entry = _entry(training, progress, norms[-1], batch_size)
             progress.losses = []
             if group.leads:
                 _print(entry, rhythm.num_steps, progress)
@@ -270,13 +272,11 @@ def _checked(
     return losses, norms
 
 
-def _entry(
-    training: Training, progress: Progress, epoch: int, norm: float, batch_size: int
-) -> dict[str, Any]:
+def _entry(training: Training, progress: Progress, norm: float, batch_size: int) -> dict[str, Any]:
     bias = training.bias
     return {
         "step": progress.step,
-        "epoch": epoch + 1,
+        "epoch": progress.epoch,
         "loss": sum(progress.losses) / len(progress.losses),
         "lr": training.optimizer.param_groups[0]["lr"],
         "logit_scale": training.scale.exp().item(),

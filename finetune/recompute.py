@@ -57,15 +57,15 @@ def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callab
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """The second pass normalises by the batch like the first, and counts it no second time."""
-    norms = [
-        part
+    held = [
+        (buffer, buffer.clone())
         for part in block.modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for buffer in part.buffers(recurse=False)
     ]
-    for norm in norms:
-        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for buffer, before in held:
+            # As data: autograd keeps the buffer for a backward that does not read it.
+            buffer.data.copy_(before)

@@ -14,8 +14,8 @@ def free_port() -> int:
     return port
 
 
-def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
-    """Output, errors and exit status of each process, started with what torchrun tells them."""
+def meeting_place(size: int) -> dict[str, str]:
+    """The environment that as many processes share; each adds its RANK and LOCAL_RANK."""
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port())}
     # Two processes with a thread for each core would fight over them.
@@ -23,6 +23,12 @@ def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
     if "lo" in {name for _, name in socket.if_nameindex()}:
         # Else gloo looks this machine's name up, which not every container knows.
         shared |= {"GLOO_SOCKET_IFNAME": "lo"}
+    return shared
+
+
+def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
+    """Output, errors and exit status of each process, started with what torchrun tells them."""
+    shared = meeting_place(size)
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],

@@ -55,6 +55,33 @@ def test_saved_and_restored_equals_never_stopped(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
+    """A fused step over a moment in another order would take other elements' moments."""
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        loss = model(torch.randn(2, 3, 8, 8)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    model, optimizer = made()
+    step(model, optimizer, 1)
+    save_state(
+        tmp_path / "last", tensors={"model": model.state_dict()}, optimizer=optimizer, values={}
+    )
+    step(model, optimizer, 2)
+    resumed, optimizer = made()
+    read_state(tmp_path / "last").restore({"model": resumed.state_dict()}, optimizer)
+    step(resumed, optimizer, 2)
+    assert torch.equal(resumed.weight, model.weight)
+
+
 def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "last.safetensors"
     model, optimizer = _training()

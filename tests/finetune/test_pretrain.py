@@ -1,12 +1,10 @@
 """The whole job on toy pictures: learns, repeats, is reused, and opens in open_clip."""
 
-import csv
 import json
 import runpy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -20,60 +18,12 @@ from finetune.pretrain import PretrainConfig, run
 from finetune.pretrain_checkpoint import checkpoints
 from heads.run_folder import RunError
 
-COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
-
-TINY_VIT = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-TINY_RN = {
-    **TINY_VIT,
-    "vision_cfg": {
-        "image_size": 32,
-        "layers": [1, 1, 1, 1],
-        "width": 8,
-        "head_width": 16,
-        "patch_size": None,
-    },
-}
+from .toy_pretraining import toy_config, write_toy
 
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """A table of 36 + 12 coloured pictures with captions, and two architectures beside it."""
-    random = np.random.default_rng(0)
-    with (tmp_path / "toy.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split", "caption"])
-        for row in range(48):
-            name = list(COLORS)[row % 3]
-            noise = random.integers(-25, 26, (20, 24, 3))
-            pixels = (np.asarray(COLORS[name]) + noise).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"{row}.png")
-            extra = "on a table" if row % 2 else "in the sun"
-            split = "train" if row < 36 else "val"
-            writer.writerow([f"{row}.png", name, split, f"a {name} thing {extra}"])
-    (tmp_path / "vit.json").write_text(json.dumps(TINY_VIT))
-    (tmp_path / "rn.json").write_text(json.dumps(TINY_RN))
-    return tmp_path
-
-
-def _config(toy: Path, **changes: Any) -> PretrainConfig:
-    values: dict[str, Any] = {
-        "dataset": {"kind": "table", "file": str(toy / "toy.csv")},
-        "architecture": str(toy / "vit.json"),
-        "out": str(toy / "out"),
-        "steps": 40,
-        "batch_size": 8,
-        "log_every": 10,
-        "validate_every": 0,
-        "optim": {"lr": 5e-3},
-        "precision": "fp32",
-        "device": "cpu",
-        "loading": {"num_readers": 2},
-    }
-    return PretrainConfig.model_validate({**values, **changes})
+    return write_toy(tmp_path)
 
 
 def _history(config: PretrainConfig) -> list[dict[str, Any]]:
@@ -89,7 +39,7 @@ def test_learns_and_opens_in_open_clip(toy: Path, tower: str, monkeypatch: Any) 
         pretrain, "train", lambda *a, **k: (train(*a, **k), trained.append(a[0].model))
     )
     tower_file = str(toy / f"{tower}.json")
-    config = _config(toy, architecture=tower_file, steps=60, prompt="a {name} thing")
+    config = toy_config(toy, architecture=tower_file, steps=60, prompt="a {name} thing")
     report = run(config)
     history = _history(config)
     assert [entry["step"] for entry in history] == [10, 20, 30, 40, 50, 60]
@@ -115,7 +65,7 @@ def test_learns_and_opens_in_open_clip(toy: Path, tower: str, monkeypatch: Any) 
 def test_same_seed_same_weights_other_seed_others(toy: Path) -> None:
     weights = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(_config(toy, out=str(toy / name), seed=seed, steps=6, val_split=""))
+        run(toy_config(toy, out=str(toy / name), seed=seed, steps=6, val_split=""))
         weights.append(load_file(toy / name / "open_clip_model.safetensors"))
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
@@ -125,7 +75,7 @@ def test_same_seed_same_weights_other_seed_others(toy: Path) -> None:
 def test_a_finished_folder_is_reused_refused_or_replaced(
     toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = _config(toy, steps=3)
+    config = toy_config(toy, steps=3)
     first = run(config)
     written = (config.out / "open_clip_model.safetensors").stat().st_mtime_ns
     again = run(config.model_copy(update={"log_every": 1}))
@@ -135,15 +85,15 @@ def test_a_finished_folder_is_reused_refused_or_replaced(
     assert (config.out / "open_clip_model.safetensors").stat().st_mtime_ns == written
 
     with pytest.raises(ConfigError, match=r"config\.steps = 3, this run has 4") as error:
-        run(_config(toy, steps=4))
+        run(toy_config(toy, steps=4))
     assert "\n" not in str(error.value)
-    assert not run(_config(toy, steps=4, restart=True)).reused
+    assert not run(toy_config(toy, steps=4, restart=True)).reused
     assert json.loads((config.out / "metrics.json").read_text())["steps"] == 4
     assert sorted(path.name for path in toy.iterdir() if path.is_dir()) == ["out"]
 
 
 def test_changed_data_is_not_the_same_run(toy: Path) -> None:
-    config = _config(toy, steps=3, val_split="")
+    config = toy_config(toy, steps=3, val_split="")
     run(config)
     text = (toy / "toy.csv").read_text()
     (toy / "toy.csv").write_text(text.replace("a red thing", "a crimson thing"))
@@ -156,7 +106,7 @@ def test_a_foreign_folder_is_left_alone(toy: Path) -> None:
     (toy / "out" / "thesis.txt").write_text("precious")
     for restart in (False, True):
         with pytest.raises(ConfigError, match="was not written by this job"):
-            run(_config(toy, restart=restart))
+            run(toy_config(toy, restart=restart))
     assert (toy / "out" / "thesis.txt").read_text() == "precious"
 
 
@@ -170,12 +120,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(toy: Path, monkeypatch: Any) -> 
     with monkeypatch.context() as patched:
         patched.setattr(InfoNceConfig, "loss", breaks)
         with pytest.raises(RunError, match="step 5 of 40: the loss is nan"):
-            run(_config(toy))
+            run(toy_config(toy))
         assert not [path for path in toy.iterdir() if path.is_dir()]  # nothing half-written stays
 
         calls = iter(range(100))
         with pytest.raises(RunError, match="step 5 of 40: the loss is nan"):
-            run(_config(toy, save_every=2))
+            run(toy_config(toy, save_every=2))
     assert [path.name for path in checkpoints(toy / "out.partial")] == [
         "checkpoint_1_2",
         "checkpoint_1_4",
@@ -183,12 +133,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(toy: Path, monkeypatch: Any) -> 
 
 
 def test_logit_scale_never_passes_100(toy: Path) -> None:
-    report = run(_config(toy, optim={"lr": 0.5, "warmup": 0.0}, steps=30))
+    report = run(toy_config(toy, optim={"lr": 0.5, "warmup": 0.0}, steps=30))
     assert report.metrics["logit_scale"] <= 100.001
 
 
 def test_bf16_and_validation_on_the_way(toy: Path) -> None:
-    config = _config(toy, precision="bf16", validate_every=2, steps=10)
+    config = toy_config(toy, precision="bf16", validate_every=2, steps=10)
     report = run(config)
     history = _history(config)
     assert [entry["step"] for entry in history if "validation" in entry] == [8, 10]
@@ -201,7 +151,7 @@ def test_images_beyond_the_memory_budget_give_the_same_result(toy: Path) -> None
     results = []
     for name, budget in (("kept", 1.0), ("decoded", 0.0)):
         changes = {"loading": {"ram_budget_gib": budget}, "normalization": "dataset"}
-        run(_config(toy, out=str(toy / name), steps=6, val_split="", **changes))
+        run(toy_config(toy, out=str(toy / name), steps=6, val_split="", **changes))
         results.append(load_file(toy / name / "open_clip_model.safetensors")["visual.proj"])
         config = json.loads((toy / name / "open_clip_config.json").read_text())
         assert config["preprocess_cfg"]["mean"][0] == pytest.approx(0.37, abs=0.05)
@@ -226,7 +176,7 @@ def test_mistakes_are_one_line(
     toy: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
-        run(_config(toy, **changes))
+        run(toy_config(toy, **changes))
     assert "\n" not in str(caught.value)
     assert not (toy / "out").exists()
 

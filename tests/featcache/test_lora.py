@@ -130,7 +130,7 @@ def test_gradients_reach_the_changes_and_nothing_else(backbone, pixels):
 class TestFolder:
     def test_reloaded_into_a_fresh_backbone_it_is_the_same(self, base, backbone, pixels, tmp_path):
         adapter = moved(EVERYTHING.attach(backbone.trainable()))
-        write_adapter(tmp_path, base, base.open(), EVERYTHING, adapter.state())
+        write_adapter(tmp_path, base, backbone, EVERYTHING, adapter.state())
         adapter.fold()
         opened = AdaptedConfig(model=str(tmp_path)).open()
         found = opened.encode_image(pixels, FeatureRequest(tokens=True))

@@ -38,7 +38,7 @@ def adapted(base, adapter, folder):
         for tensor in attached.trained_parameters().values():
             tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
     folder.mkdir()
-    write_adapter(folder, base, base.open(), adapter, attached.state())
+    write_adapter(folder, base, backbone, adapter, attached.state())  # knows what it was
     return AdaptedConfig(model=str(folder))
 
 

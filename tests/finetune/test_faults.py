@@ -17,7 +17,6 @@ from featcache.backbones.open_clip import OpenClipConfig, _published_pixels
 from featcache.images import load_pixels
 from finetune import tuning_loop
 from finetune.train import TrainConfig, run
-from finetune.tuned import Tuned
 from finetune.tuning_loop import Fit
 
 TINY = {
@@ -44,12 +43,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings write no page, which takes a second each."""
-    monkeypatch.setattr("finetune.train.write_report", lambda *parts, **options: None)
-
-
 def config(toy: Path, out: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "dataset": {"kind": "table", "file": str(toy / "toy.csv")},
@@ -60,6 +53,7 @@ def config(toy: Path, out: Path, **changes: Any) -> TrainConfig:
         "head": {"lr": 1e-2},
         "device": "cpu",
         "quiet": True,
+        "report": False,
     }
     return TrainConfig.model_validate({**values, **changes})
 
@@ -99,36 +93,6 @@ def test_f25_the_best_adapter_and_the_best_head_are_of_one_epoch(
     assert len(weights) == 1, "one matrix of two classes and 16 features"
     found = [tensor for tensor in head.values() if tensor.numel() == weights[0].numel()]
     assert [torch.equal(tensor.view(2, 16), weights[0]) for tensor in found] == [True]
-
-
-def test_f27_evaluation_builds_no_gradient_and_only_named_tensors_get_one(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs: list[bool] = []
-    trained_with, frozen_with = list[int](), list[set[str]]()
-    trained: list[Tuned] = []
-    built, scored = Tuned.__init__, tuning_loop.score
-
-    def keeping(tuned: Tuned, *options: Any) -> None:
-        built(tuned, *options)
-        trained.append(tuned)
-
-    def watching(objective: Any, features: torch.Tensor, *options: Any) -> Any:
-        graphs.append(features.requires_grad)
-        (tuned,) = trained
-        own = {id(parameter): parameter for parameter in tuned.parameters()}
-        trained_with.append(sum(one.grad is not None for one in own.values()))
-        every = tuned.adapter.towers.model.named_parameters()
-        frozen_with.append({n for n, p in every if p.grad is not None and id(p) not in own})
-        return scored(objective, features, *options)
-
-    monkeypatch.setattr(Tuned, "__init__", keeping)
-    monkeypatch.setattr(tuning_loop, "score", watching)
-    run(config(toy, tmp_path / "out", optim={"lr": 1e-2, "epochs": 1, "batch_size": 6}))
-    assert graphs
-    assert not any(graphs)
-    assert max(trained_with) == len([*trained[0].parameters()]), "all that is trained"
-    assert not set().union(*frozen_with), "and nothing else"
 
 
 def test_f50_f51_a_result_holds_the_trained_tensors_alone_and_no_pickle(

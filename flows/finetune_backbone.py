@@ -121,8 +121,12 @@ def finetune_backbone(
     get_run_logger().info(message)
     if extract is None:
         return Completed(message=message, data={"folder": done["folder"], "rows": rows})
+    dataset = TrainConfig.from_yaml(
+        train.out / "config.yaml"
+    ).dataset  # that of its cache, if unset
+    assert dataset is not None, "finetune.train records the dataset"
     extraction = ExtractConfig(
-        dataset=train.dataset, backbone=AdaptedConfig(model=str(train.out)), **dict(extract)
+        dataset=dataset, backbone=AdaptedConfig(model=str(train.out)), **dict(extract)
     )
     stages = two_stage(extraction, heads or [HeadTraining()], return_state=True)
     if not stages.is_completed():
@@ -136,10 +140,22 @@ def finetune_backbone(
 
 
 def comparison(config: TrainConfig, values: Row) -> list[Row]:
-    """The head on frozen features that training began with, if any, and the adapted one."""
+    """The head on frozen features that the training was compared with, if any, and the adapted."""
     rows: list[Row] = []
-    if config.init_head is not None:
-        rows.append(head_row("frozen, linear head", config.init_head))
+    frozen = values.get("frozen")
+    if frozen is not None:
+        rows.append(
+            {
+                "what": f"linear head on {frozen['cache']}",
+                "metric": values["metric"],
+                "val": frozen["accuracy"].get("val"),
+                "test": frozen["accuracy"].get("test"),
+                "test by text": None,
+                "trained": frozen["num_parameters"],
+                "seconds": frozen["seconds"],
+                "folder": frozen["run"],
+            }
+        )
     rows.append(
         {
             "what": f"{config.adapter.kind}, trained on images",

@@ -70,22 +70,20 @@ def test_backbone_is_adapted_and_heads_are_trained_on_its_cache(
     assert "it was complete, nothing was extracted" in str(again.message)
 
 
-def test_head_that_training_began_with_is_the_first_row(tmp_path: Path) -> None:
-    run = tmp_path / "frozen"
-    run.mkdir()
-    values = {"metric": "top1", "val": {"top1": 0.5}, "test": {"top1": 0.4}}
-    (run / "metrics.json").write_text(json.dumps(values | {"num_parameters": 9, "seconds": 1.0}))
-    config = TrainConfig(out=tmp_path / "a", init_head=run)
+def test_head_that_training_was_compared_with_is_the_first_row(tmp_path: Path) -> None:
+    config = TrainConfig.model_validate({"out": tmp_path / "a", "cache": tmp_path / "c"})
+    frozen = {"run": "r", "cache": "c", "accuracy": {"val": 0.5, "test": 0.4}, "seconds": 1.0}
     trained = {"metric": "top1", "val_acc_cls": 0.7, "test_acc_cls": 0.6, "test_acc_txt": 0.55}
     trained |= {"num_parameters": 20, "seconds": 2.0}
-    frozen, adapted = module.comparison(config, trained)
-    assert (frozen["val"], frozen["test"], frozen["trained"]) == (0.5, 0.4, 9)
+    trained |= {"frozen": frozen | {"num_parameters": 9}}
+    first, adapted = module.comparison(config, trained)
+    assert (first["val"], first["test"], first["trained"]) == (0.5, 0.4, 9)
     assert (adapted["val"], adapted["test"], adapted["test by text"]) == (0.7, 0.6, 0.55)
 
 
 def test_training_without_a_head_is_judged_by_text(tmp_path: Path) -> None:
     config = TrainConfig.model_validate(
-        {"out": tmp_path / "a", "objective": "image_text", "adapter": {"kind": "lora"}}
+        {"out": tmp_path / "a", "cache": tmp_path / "c", "objective": "image_text"}
     )
     values = {"metric": "top1", "test_acc_txt": 0.55, "num_parameters": 20, "seconds": 2.0}
     (row,) = module.comparison(config, values)

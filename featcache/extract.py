@@ -393,6 +393,7 @@ def cache_plan(
             "token_grid": kept_grid(features, spec),
             "num_prefix_tokens": spec.num_prefix_tokens if features.before_last else 0,
             "logit_scale": spec.logit_scale,
+            "logit_bias": spec.logit_bias,
             "projected_dim": spec.projected_dim,
             "pixels": identity.preprocess.record(),
             "device": str(backbone.device),

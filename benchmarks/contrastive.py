@@ -12,10 +12,11 @@ step    one optimizer step from pixels and token ids in memory: `finetune.pretra
 chunks  the same step with the batch in 1, 2, 4, 8 chunks by gradient caching; open_clip_train with
         `accum_freq`. The loss of all is that of the whole batch.
 
-Rows of a table take turns in one process; medians. Memory is the peak above what was held before
-the step (weights and moments are there by then): of the process on a CPU, of torch's allocator on a
-GPU. Model FLOPs utilisation counts what `flops.py` says, by the row's own text length, against the
-device's data sheet; recomputation does not count.
+Rows of a table take turns in one process; medians; ratios on a CPU are of CPU time, as other jobs
+lengthen the time more than that. A section's result replaces its last one in the file. Memory is
+the peak above what was held before the step (weights and moments are there by then): of the process
+on a CPU, of torch's allocator on a GPU. Model FLOPs utilisation counts what `flops.py` says, by the
+row's own text length, against the device's data sheet; recomputation does not count.
 """
 
 import argparse
@@ -226,10 +227,12 @@ def memory_of(work: Work, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def seconds_of(rows: dict[str, Work], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each row, in turn; rows have run before."""
+def seconds_of(
+    rows: dict[str, Work], device: torch.device, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Median times of each row, in turn; rows have run before."""
     if device.type != "cuda":
-        return {name: found["seconds"] for name, found in take_turns(rows, repeats).items()}
+        return take_turns(rows, repeats)
     found: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(repeats):
         for name, work in rows.items():
@@ -240,18 +243,22 @@ def seconds_of(rows: dict[str, Work], device: torch.device, repeats: int) -> dic
             end.record()
             end.synchronize()
             found[name].append(start.elapsed_time(end) / 5e3)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: {"seconds": statistics.median(values)} for name, values in found.items()}
 
 
 def measured(rows: dict[str, Work], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Milliseconds and MiB of each row."""
+    """Milliseconds, CPU milliseconds where they count, and MiB of each row."""
     memory = {}
     for name, work in rows.items():
         work()
         work()  # moments are there, and libraries have what they keep
         memory[name] = memory_of(work, device)
-    seconds = seconds_of(rows, device, repeats)
-    return {name: {"ms": seconds[name] * 1e3, "extra_mib": memory[name]} for name in rows}
+    result = {}
+    for name, times in seconds_of(rows, device, repeats).items():
+        result[name] = {"ms": times["seconds"] * 1e3, "extra_mib": memory[name]}
+        if "cpu_seconds" in times:
+            result[name] |= {"cpu_ms": times["cpu_seconds"] * 1e3, "others": times["others"]}
+    return result
 
 
 def shown(title: str, found: dict[str, Any]) -> None:
@@ -262,6 +269,8 @@ def shown(title: str, found: dict[str, Any]) -> None:
 
 
 KEYS = ("ms", "extra_mib")
+TIME = {True: "ms", False: "cpu_ms"}
+"""What ratios are of: on shared cores, the CPU time."""
 
 
 def measure_losses(count: int, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -302,10 +311,10 @@ def measure_step(
         device,
         repeats,
     )
-    peak = peak_flops(device)
+    peak, on_gpu = peak_flops(device), device.type == "cuda"
     for form, row in found.items():
         row["images_per_second"] = batch / row["ms"] * 1e3
-        row["times_plain"] = found["plain loop"]["ms"] / row["ms"]
+        row["times_plain"] = found["plain loop"][TIME[on_gpu]] / row[TIME[on_gpu]]
         flops = case.flops(case.text_length if form == "featcache" else None)
         if math.isfinite(flops):
             row["tflops"] = flops / row["ms"] / 1e9
@@ -321,8 +330,9 @@ def measure_chunks(
     rows = {f"featcache, {chunks} chunks": case.ours(chunks) for chunks in (1, 2, 4, 8)}
     rows |= {f"open_clip_train, {n} chunks": case.open_clip_train(n) for n in (1, 4)}
     found = measured(rows, device, repeats)
+    time = TIME[device.type == "cuda"]
     for row in found.values():
-        row["times_one_chunk"] = row["ms"] / found["featcache, 1 chunks"]["ms"]
+        row["times_one_chunk"] = row[time] / found["featcache, 1 chunks"][time]
     return found
 
 
@@ -337,9 +347,9 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     precision = "bf16" if on_gpu else "fp32"
     models = ("ViT-B-32", "ViT-B-16") if on_gpu else ("demo-vit", "demo-rn")
-    batch = options.batch or (1024 if on_gpu else 128)
+    batch = options.batch or (1024 if on_gpu else 64)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         "torch": torch.__version__,
         "open_clip_torch": open_clip.__version__,
         "threads": torch.get_num_threads(),
@@ -347,7 +357,7 @@ def main() -> None:
         "batch": batch,
     }
     if "loss" in options.sections:
-        for count in (2048, 8192):
+        for count in (8192, 32768) if on_gpu else (2048, 4096):
             result[f"loss, B {count}"] = measure_losses(count, device, options.repeats)
             shown(f"loss and gradients, B = {count}, width 512", result[f"loss, B {count}"])
     if "step" in options.sections:
@@ -360,10 +370,10 @@ def main() -> None:
         key = f"chunks, {name}"
         result[key] = measure_chunks(name, large, device, precision, options.repeats)
         shown(f"step in chunks, {name}, {large} images, {precision}", result[key])
-    if tuple(options.sections) == SECTIONS:
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nwritten to {RESULT}")
+    held = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    held.setdefault(device.type, {}).update(result)
+    RESULT.write_text(json.dumps(held, indent=2) + "\n")
+    print(f"\nwritten to {RESULT}")
 
 
 if __name__ == "__main__":

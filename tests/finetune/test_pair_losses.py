@@ -125,6 +125,21 @@ def test_no_more_of_the_matrix_is_held_than_allowed(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", PAIR_LOSSES)
+def test_nothing_of_the_matrix_s_size_is_kept_for_the_backward_pass(kind: str) -> None:
+    images, texts = (features(64, seed).requires_grad_() for seed in (0, 1))
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        measured(kind, images, texts, double(SCALE), double(BIAS)).backward()
+    assert kept
+    assert max(kept) == images.numel() < 64 * 64
+
+
+@pytest.mark.parametrize("kind", PAIR_LOSSES)
 def test_a_loss_that_is_only_looked_at_has_no_graph(kind: str) -> None:
     images, texts = features(4, 0).requires_grad_(), features(4, 1)
     with torch.no_grad():

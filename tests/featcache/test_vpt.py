@@ -15,6 +15,9 @@ from featcache.backbones.base import FeatureRequest
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.backbones.timm import TimmConfig
 from featcache.errors import BackboneError
+from featcache.extract import ExtractConfig, run
+from featcache.images import load_pixels
+from featcache.reader import open_cache
 
 ARCHITECTURE = {
     "embed_dim": 16,
@@ -211,6 +214,31 @@ def test_the_folder_opens_as_the_trained_backbone(base, tmp_path, deep):
     half = opened.encode_image(pixels(), request)
     assert torch.allclose(half["projected"], found["projected"], atol=0.1)
     assert opened.model.visual.inserted_prompts.values.dtype == torch.bfloat16
+
+
+def test_a_cache_holds_patches_and_no_prompts(base, tmp_path, image_folder):
+    config, backbone = VptConfig(num_tokens=3, deep=True), base.open()
+    adapter = config.attach(backbone.trainable())
+    folder = tmp_path / "v"
+    folder.mkdir()
+    write_adapter(folder, base, backbone, config, adapter.state())
+    options = {
+        "dataset": {"root": str(image_folder)},
+        "backbone": {"kind": "adapted", "model": str(folder)},
+        "cache": str(tmp_path / "cache"),
+        "features": {"tokens": "all", "token_layer": 2, "storage_dtype": "float32"},
+        "device": "cpu",
+        "precision": "fp32",
+    }
+    run(ExtractConfig.model_validate(options))
+    cache = open_cache(tmp_path / "cache")
+    assert cache.identity.backbone.kind == "adapted"
+    files = [(image_folder / path).read_bytes() for path in cache.paths]
+    images = torch.stack([load_pixels(file, backbone.spec.pixels)[0] for file in files])
+    expected = backbone.encode_image(images, FeatureRequest(tokens=True, token_layer=2))
+    for name in ("tokens", "projected"):
+        found = torch.from_numpy(cache.array(f"image/{name}").read())
+        assert torch.allclose(found, expected[name], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit4"])  # class token; registers, no class

@@ -56,6 +56,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/mop.py
 	$(BIN)/python benchmarks/ml_decoder.py
 	$(BIN)/python benchmarks/head_speed.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/finetuning.py
 
 clean:
 	rm -rf .demo runs cache/garden* data/garden* build

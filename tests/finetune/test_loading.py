@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from featcache.backbones.base import PixelSpec
 from featcache.errors import DatasetError, UnreadableImagesError
+from featcache.image_bytes import tar_member_path
 from finetune.augmentation import AugmentationConfig
 from finetune.loading import Images, LoadingConfig
 from finetune.training_images import TrainingImages
@@ -54,8 +56,16 @@ def plan(epoch: int, size: int = 7) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, NUM, size)]
 
 
-def test_same_batches_by_threads_by_workers_and_from_the_middle(root: Path) -> None:
-    with opened(root, 0) as threads, opened(root, 2) as workers:
+def test_same_batches_by_threads_by_workers_and_from_the_middle(root: Path, tmp_path: Path) -> None:
+    names = paths_of(root)
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        tar.add(root / names[4], names[4])
+    with tarfile.open(tmp_path / "some.tar") as tar:
+        where = tar.getmembers()[0]
+    (tmp_path / "pictures").symlink_to(root)
+    paths = [f"pictures/{name}" for name in names]
+    paths.append(tar_member_path("some.tar", where.offset_data, where.size, names[4]))
+    with opened(tmp_path, 0, paths=paths) as threads, opened(tmp_path, 2, paths=paths) as workers:
         reference = list(threads.stream(plan(1), (3, 1)))
         assert [which.tolist() for _, which in reference] == [p.tolist() for p in plan(1)]
         assert reference[0][0].shape == (7, 3, 24, 24)
@@ -82,9 +92,10 @@ def test_same_batches_by_threads_by_workers_and_from_the_middle(root: Path) -> N
         left = workers.stream(plan(1), (3, 1))
         next(left)
         left.close()
-        pixels, which = workers.take(np.array([4, 2]))
-        assert which.tolist() == [4, 2]
-        assert torch.equal(pixels, threads.take(np.array([4, 2]))[0])
+        pixels, which = workers.take(np.array([4, NUM, 2]))
+        assert which.tolist() == [4, NUM, 2]
+        assert torch.equal(pixels[1], pixels[0])
+        assert torch.equal(pixels, threads.take(np.array([4, NUM, 2]))[0])
         assert first.rows == NUM
         assert 0 < first.waited <= workers.waited
 

@@ -5,7 +5,7 @@ Shapes: B images, P prompts, L tokens before them, W width of a block, K blocks 
 
 import functools
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveInt
@@ -91,6 +91,12 @@ class Vpt(Adapter):
     def state(self) -> dict[str, Tensor]:
         """(K, P, W) float32 prompts; K is 1 unless deep."""
         return {"prompts": self._prompts[0].values}
+
+    def train(self, mode: bool = True) -> Self:
+        """The prompts go over to training or evaluation too: they are modules of the tower."""
+        super().train(mode)
+        self._prompts[0].train(mode)
+        return self
 
     def fold(self) -> None:
         """Freezes the prompts. They stay tokens: no weight of the tower could say the same."""

@@ -91,6 +91,25 @@ def test_adapter(kind, base, tmp_path):
     assert torch.nn.functional.cosine_similarity(half, changed).min() > 0.99
 
 
+@pytest.mark.parametrize("kind", [k for k, c in ADAPTERS.items() if "dropout" in c.model_fields])
+def test_dropout_follows_the_adapter_not_the_towers(kind, base):
+    """Trainers keep frozen towers in evaluation and call `train` on the adapter alone."""
+    towers = base.open().trainable()
+    towers.model.eval()
+    adapter = ADAPTERS[kind](dropout=0.5).attach(towers)
+    with torch.no_grad():
+        for parameter in adapter.trained_parameters().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    adapter.train()
+    assert not torch.allclose(features(towers, adapter), features(towers, adapter), atol=1e-4)
+    adapter.eval()
+    assert torch.equal(features(towers, adapter), features(towers, adapter))
+    adapter.train()
+    adapter.fold()
+    with torch.no_grad():
+        assert torch.equal(features(towers, adapter), features(towers, adapter))
+
+
 def test_an_adapted_backbone_has_its_base_defaults(tmp_path, base):
     timm = TimmConfig(model="test_vit", pretrained="random")
     for name, options in (("clip", base), ("timm", timm)):

@@ -129,6 +129,11 @@ def build_objective(
     if reads_text:
         prompts = format_prompts(material.classes, templates_of(options, material))
         text = ClassText(prompts, adapter.towers, adapter_config.trains_text)
+    if loss is not None and loss.needs_cosines:
+        raise ConfigError(
+            f"loss {loss.kind} takes cosines, and the head that is trained here gives logits; "
+            "choose another loss"
+        )
     counts = class_counts(parts.train, material.num_classes)
     statistics = ClassStatistics(counts, len(parts.train))
     criterion = build_loss(LinearConfig(), loss, material.task, statistics)

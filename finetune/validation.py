@@ -95,8 +95,7 @@ class Validation:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
                 yield model.encode_image(pixels)  # type: ignore[operator]
 
-        def encode_texts(table: TokenTable) -> Tensor:
-            which = np.arange(len(table.lengths))
+        def encode_texts(table: TokenTable, which: npt.NDArray[np.int64]) -> Tensor:
             starts = range(0, len(which), self.batch_size)
             return normalized(
                 encode_text(model, table.rows(which[start : start + self.batch_size]).to(device))
@@ -108,11 +107,13 @@ class Validation:
         metrics: dict[str, float] = {}
         labels = self.pairs.labels[rows]
         if (labels >= 0).any():
-            prompts = encode_texts(self.prompts)
+            prompts = encode_texts(self.prompts, np.arange(len(self.prompts.lengths)))
             metrics["zero_shot_top1"] = zero_shot_top1(images, prompts, labels)
             metrics["chance"] = 1.0 / len(prompts)
         offsets, texts = self.pairs.captions_of(rows)
-        metrics |= retrieval_recall(images, encode_texts(self.texts), offsets, texts)
+        # Captions of unreadable images have nothing to be found by them.
+        known, texts = np.unique(texts, return_inverse=True)
+        metrics |= retrieval_recall(images, encode_texts(self.texts, known), offsets, texts)
         model.train(was_training)
         return metrics
 

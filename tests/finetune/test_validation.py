@@ -1,14 +1,21 @@
 """Zero-shot accuracy and recall against slow written-out definitions."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
+from featcache.backbones.base import PixelSpec
 from featcache.errors import ConfigError
 from finetune import validation
-from finetune.validation import class_prompts, retrieval_recall, zero_shot_top1
+from finetune.architectures import build, tokenizer
+from finetune.loading import LoadingConfig
+from finetune.validation import Validation, class_prompts, retrieval_recall, zero_shot_top1
+
+from .toy_pretraining import TINY_VIT, toy_config, write_toy
 
 
 def test_prompts_may_name_any_column() -> None:
@@ -48,3 +55,32 @@ def test_a_collapsed_model_recalls_nothing() -> None:
     same = torch.ones(6, 2)
     found = retrieval_recall(same, same, np.arange(7), np.arange(6))
     assert set(found.values()) == {0.0}
+
+
+def test_captions_of_unreadable_images_are_no_misses(tmp_path: Path) -> None:
+    """The metrics are those of the readable rows, as if the others were not in the table."""
+    write_toy(tmp_path)
+    table = tmp_path / "toy.csv"
+    lines = table.read_text().splitlines()
+    torch.manual_seed(0)
+    model = build(TINY_VIT)
+
+    def measured() -> dict[str, float]:
+        config = toy_config(tmp_path)
+        manifest, tokens = config.dataset.open(), tokenizer(TINY_VIT)
+        texts, prompts = Validation.tables(manifest, "val", "a {name}", tokens)
+        spec = PixelSpec((16, 16), (0.5,) * 3, (0.5,) * 3)
+        options = LoadingConfig(num_readers=2, max_unreadable=0.5)
+        opened = Validation.open(
+            manifest, "val", texts, prompts, spec, options, torch.device("cpu")
+        )
+        try:
+            return opened.measure(model)
+        finally:
+            opened.images.close()
+
+    table.write_text("\n".join(lines[:-1]))
+    expected = measured()
+    (tmp_path / "47.png").write_bytes(b"no picture")
+    table.write_text("\n".join([*lines[:-1], lines[-1].rsplit(",", 1)[0] + ",nobody's words"]))
+    assert measured() == pytest.approx(expected, abs=1e-9)

@@ -33,16 +33,20 @@ def draw_curves(
     steps = [entry["step"] for entry in history]
     top.plot(steps, [entry["loss"] for entry in history], color=PALETTE[0], label="training")
     top.axhline(chance, color=MUTED, linestyle=":", label="knows nothing")
-    top.set_ylim(bottom=0)
+    top.set_xlim(left=0)
+    top.set_ylim(0, 1.1 * max([chance, *(entry["loss"] for entry in history)]))
     top.set_ylabel("nats")
     dress(top, f"{title}: loss {loss}")
+    shown: list[tuple[int, float]] = []
     for color, (metric, name) in zip(PALETTE, _SHOWN.items(), strict=False):
         points = [
             (e["step"], e["validation"][metric]) for e in measured if metric in e["validation"]
         ]
+        shown += points
         if points:
             bottom.plot(*zip(*points, strict=True), marker="o", ms=4, color=color, label=name)
-    bottom.set_ylim(0, 1)
+    highest = max([0.1, *(value for _, value in shown)])
+    bottom.set_ylim(0, min(1.02, 1.35 * highest))  # room for the names
     bottom.set_xlabel("optimizer step")
     bottom.set_ylabel("share")
     dress(bottom, "Validation")

@@ -1,4 +1,5 @@
 # make demo     the main job: pretrain a small CLIP, extract a cache, train heads, show the results
+# make adapt    the next step: adapt a backbone where frozen features fall short (LoRA, prompts)
 # make test     lint, types, import contracts, tests
 # make install  the set-up alone, into .venv
 # make bench    every benchmark; results in benchmarks/results
@@ -13,10 +14,10 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint format bench clean
+.PHONY: help demo adapt test install lint format bench clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/python -m flows.demo
+
+adapt: $(STAMP)
+	@$(BIN)/python -m flows.adapt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

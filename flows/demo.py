@@ -13,8 +13,6 @@ if __name__ == "__main__":
     start_early()  # the server takes as long as the imports below
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from featcache.pictures import contact_sheet
 from featcache.storage import CachePath
 from finetune import pretrain
 from finetune.pretrain import PretrainConfig
+from flows.steps import step
 from flows.train_heads import HeadTraining
 from flows.two_stage import two_stage
 from heads.pictures import compare_runs, comparison_table
@@ -76,18 +75,18 @@ def run(config: DemoConfig) -> DemoReport:
     """
     began = time.monotonic()
     config.runs.mkdir(parents=True, exist_ok=True)
-    with _step("1/4  pictures"):
+    with step("1/4  pictures"):
         manifest = config.dataset.open()
         sheet = config.runs / "pictures.png"
         contact_sheet(manifest, sheet)
         print(f"{len(manifest)} pictures of {manifest.num_classes} classes in {manifest.root}")
-    with _step("2/4  a CLIP, pretrained on their captions"):
+    with step("2/4  a CLIP, pretrained on their captions"):
         pretrained = pretrain.run(
             PretrainConfig(
                 dataset=config.dataset, out=config.backbone, epochs=config.epochs, seed=config.seed
             )
         )
-    with _step("3/4  features into a cache, heads on the cache (flow two-stage)"):
+    with step("3/4  features into a cache, heads on the cache (flow two-stage)"):
         extraction = ExtractConfig(
             dataset=config.dataset,
             backbone=OpenClipConfig(model=f"local-dir:{config.backbone}"),
@@ -102,7 +101,7 @@ def run(config: DemoConfig) -> DemoReport:
         ]
         state = complete(lambda: two_stage(extraction, trainings, return_state=True))
         print(state.message)
-    with _step("4/4  comparison on the test split"):
+    with step("4/4  comparison on the test split"):
         picture = config.runs / "comparison.png"
         compare_runs(runs, picture, title=f"Heads on {config.cache}, test split")
         table = comparison_table(runs)
@@ -115,14 +114,6 @@ def run(config: DemoConfig) -> DemoReport:
     print(f"cache        {config.cache}  (python -m featcache.info --cache {config.cache})")
     print(f"\ndone in {time.monotonic() - began:.0f} s")
     return DemoReport(runs, pictures, table)
-
-
-@contextmanager
-def _step(title: str) -> Iterator[None]:
-    print(f"\n--- {title} ---", flush=True)
-    began = time.monotonic()
-    yield
-    print(f"({time.monotonic() - began:.1f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from featcache.adapters.lora import LoraConfig
 from featcache.backbones.blocks import clip_blocks
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.backbones.trainable import TrainableTowers
-from featcache.low_rank import LowRank, LowRankAttention, LowRankLinear
+from featcache.low_rank import LowRank, LowRankAttention, LowRankLinear, LowRankPool
 
 
 def numbers(*shape, seed=0, scale=1.0):
@@ -131,8 +131,49 @@ def test_dropout_is_a_share_of_inputs_in_training_only():
     kept = changed(torch.ones(50, 400)) * 0.75  # what is kept is scaled up
     assert (kept % 1 < 1e-3).all() or (kept % 1 > 0.999).any()
     assert 0.74 < kept.mean() / 400 < 0.76
+    with torch.no_grad():  # gradient caching encodes like this first: the same draw must come
+        torch.manual_seed(0)
+        assert torch.equal(changed(torch.ones(50, 400)) * 0.75, kept)
     change.eval()
     assert torch.equal(changed(torch.ones(2, 400)), torch.full((2, 3), 400.0))
+
+
+def test_attention_s_own_dropout_is_for_training_only():
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True).requires_grad_(False)
+    change = LowRank(attention.in_proj_weight, [(0, 24)], 2, 0.1)
+    changed, x = LowRankAttention(attention, {"in_proj_weight": change}), numbers(3, 5, 8)
+    rows = [changed(x, x, x)[0] for _ in range(2)]
+    assert not torch.allclose(*rows, atol=1e-4)
+    changed.eval()
+    expected = attention.eval()(x, x, x, need_weights=False)[0]
+    torch.testing.assert_close(changed(x, x, x)[0], expected, atol=3e-6, rtol=1e-5)
+
+
+def test_pooling_of_residual_networks_is_open_clip_s_on_changed_weights():
+    from open_clip.modified_resnet import AttentionPool2d
+
+    torch.manual_seed(0)
+    pool = AttentionPool2d(3, 8, 2, output_dim=6).requires_grad_(False)
+    names = ("q_proj", "k_proj", "v_proj", "c_proj")
+    changes = {
+        f"{name}.weight": filled(LowRank(w, [(0, len(w))], 2, 0.1), seed)
+        for seed, name in enumerate(names)
+        for w in [pool.get_submodule(name).weight]
+    }
+    merged = copy.deepcopy(pool)
+    for name, change in changes.items():
+        with torch.no_grad():
+            merged.get_parameter(name).add_(0.1 * change.b @ change.a)
+    changed, cells = LowRankPool(pool, changes), numbers(4, 8, 3, 3).requires_grad_()
+    found, expected = changed(cells), merged(cells)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=1e-5)
+    given = numbers(*found.shape, seed=9)
+    gradient, wanted = (torch.autograd.grad(y, cells, given)[0] for y in (found, expected))
+    torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+    for change in changes.values():
+        change.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(changed.eval()(cells), expected, atol=3e-6, rtol=1e-5)
 
 
 def test_number_of_parameters_on_the_vision_tower_of_b32():

@@ -1,6 +1,7 @@
 """Both losses on pairs against the equations pair by pair, finite differences and open_clip's."""
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -111,7 +112,11 @@ def test_autocast_leaves_the_loss_in_float32(kind: str) -> None:
 def test_half_precision_features_get_gradients_in_their_own_precision(kind: str) -> None:
     images, texts = (features(4, seed).to(torch.bfloat16).requires_grad_() for seed in (0, 1))
     scale = torch.nn.Parameter(torch.tensor([1.0]))
-    measured(kind, images, texts, scale, torch.tensor(BIAS)).backward()
+    loss = measured(kind, images, texts, scale, torch.tensor(BIAS))
+    # Computed in float32 all the same.
+    exact = measured(kind, images.double(), texts.double(), scale, torch.tensor(BIAS))
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    loss.backward()
     assert images.grad is not None
     assert images.grad.dtype == torch.bfloat16
     assert scale.grad is not None
@@ -192,3 +197,29 @@ def test_siglip_begins_near_its_least_loss() -> None:
     assert siglip(images, texts, *start).item() < 13
     assert siglip(images, texts, start[0], torch.tensor(0.0)).item() > 100
     assert siglip(F.normalize(images), images, *start).item() < siglip(images, texts, *start).item()
+
+
+@pytest.mark.parametrize("kind", PAIR_LOSSES)
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_the_largest_scale_overflows_nothing(kind: str, side: float) -> None:
+    """exp(100) is no float32."""
+    texts, scale = features(4, 0).float(), torch.tensor(math.log(100.0))
+    images = (side * texts).requires_grad_()
+    loss = measured(kind, images, texts, scale, torch.tensor(10.0))
+    assert loss.isfinite()
+    loss.backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", PAIR_LOSSES)
+def test_a_multiple_of_the_loss_has_that_multiple_of_every_gradient(kind: str) -> None:
+    found = []
+    for factor in (1.0, 1024.0):
+        leaves = [features(5, 0), features(5, 1), torch.tensor(SCALE), torch.tensor(BIAS)]
+        leaves = [leaf.double().requires_grad_() for leaf in leaves]
+        (factor * measured(kind, *leaves)).backward()
+        learned = leaves if kind == "siglip" else leaves[:3]
+        found.append([cast(Tensor, leaf.grad) for leaf in learned])
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(many, 1024 * one)

@@ -136,14 +136,20 @@ class Objective(nn.Module):
             found["txt"] = self.text_logits(features, vectors)
         return {name: logits for name, logits in found.items() if logits is not None}
 
-    def forward(self, features: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def vectors(self) -> Tensor | None:
+        """(C, P) float32 T, where it is trained by; a text tower runs in the caller's precision."""
+        return self.text() if self.text is not None and self.text_weight else None
+
+    def forward(
+        self, features: Tensor, targets: Tensor, vectors: Tensor | None
+    ) -> dict[str, Tensor]:
         """The mean loss of a batch under "loss", and its parts.
 
         Args:
             features: (B, P) float32, not normalised.
             targets: (B,) int64, or (B, C) float.
+            vectors: of `vectors`.
         """
-        vectors = self.text() if self.text is not None and self.text_weight else None
         return self.losses(self.scores(features, vectors), targets)
 
     def losses(self, scores: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:

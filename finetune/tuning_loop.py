@@ -189,10 +189,9 @@ def fit(
                 if len(which) == 0:
                     continue
                 with mixed:
-                    features = encode(pixels)
-                parts = tuned.objective(
-                    features.float(), targets[torch.from_numpy(which).to(device)]
-                )
+                    features, vectors = encode(pixels), tuned.objective.vectors()
+                own_targets = targets[torch.from_numpy(which).to(device)]
+                parts = tuned.objective(features.float(), own_targets, vectors)
                 share = len(which) / divisor
                 scaler.scale(parts["loss"] * share).backward()
                 for name, value in parts.items():

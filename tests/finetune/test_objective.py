@@ -112,7 +112,7 @@ def test_equals_the_equations(towers: ToyText, task: str) -> None:
         own, aligned = weight @ unit + bias, SCALE * (text @ unit) + offset
         loss = softmax_loss if task == "single_label" else sigmoid_loss
         losses.append(loss(own, wanted) + WEIGHT * loss(aligned, wanted))
-    found = objective(features, targets)
+    found = objective(features, targets, objective.vectors())
     assert float(found["loss"].detach()) == pytest.approx(np.mean(losses), rel=1e-5)
     parts = found["class_loss"] + WEIGHT * found["text_loss"]
     torch.testing.assert_close(found["loss"], parts)
@@ -121,12 +121,12 @@ def test_equals_the_equations(towers: ToyText, task: str) -> None:
 def test_text_is_encoded_anew_only_where_its_tower_is_trained(towers: ToyText) -> None:
     fixed, live = made(towers, "single_label"), made(towers, "single_label", trained=True)
     features, targets = torch.randn(2, DIM), torch.tensor([0, 1])
-    before = float(fixed(features, targets)["loss"].detach())
-    assert float(live(features, targets)["loss"].detach()) == pytest.approx(before)
+    before = float(fixed(features, targets, fixed.vectors())["loss"].detach())
+    assert float(live(features, targets, live.vectors())["loss"].detach()) == pytest.approx(before)
     with torch.no_grad():
         towers.model.weight.add_(torch.randn_like(towers.model.weight))
-    assert float(fixed(features, targets)["loss"].detach()) == before
-    loss = live(features, targets)["loss"]
+    assert float(fixed(features, targets, fixed.vectors())["loss"].detach()) == before
+    loss = live(features, targets, live.vectors())["loss"]
     assert float(loss.detach()) != pytest.approx(before, rel=1e-3)
     loss.backward()
     assert towers.model.weight.grad is not None
@@ -135,7 +135,7 @@ def test_text_is_encoded_anew_only_where_its_tower_is_trained(towers: ToyText) -
 def test_without_a_head_only_class_names_count(towers: ToyText) -> None:
     text = ClassText(PROMPTS, towers, trained=False)
     objective = Objective(None, CrossEntropy(), "single_label", text, 0.0, SCALE)
-    found = objective(torch.randn(2, DIM), torch.tensor([0, 1]))
+    found = objective(torch.randn(2, DIM), torch.tensor([0, 1]), objective.vectors())
     assert found.keys() == {"loss", "text_loss"}
     assert torch.equal(found["loss"], found["text_loss"])
     assert list(objective.parameters()) == []

@@ -19,7 +19,7 @@ from featcache.adapters.base import Adapter
 from featcache.adapters.full import FullConfig
 from featcache.backbones.trainable import TowerName, TrainableTowers
 from finetune import tuning_loop
-from finetune.objective import Objective
+from finetune.objective import ClassText, Objective
 from finetune.tuned import Tuned
 from finetune.tuning import ClassifierConfig, StopConfig, TuningConfig
 from finetune.tuning_loop import Fit, Measured, fit, measure
@@ -198,6 +198,28 @@ def test_scaled_losses_are_clipped_by_their_own_norm(
         fitted(tuned, vectors(tuned.adapter.towers), tmp_path / precision, **options)
     assert norms[0] > 0.05
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+class Names(nn.Module):
+    """Class text whose tower is trained; notes in which arithmetic it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.mixed = nn.Parameter(torch.eye(CLASSES, DIM)), list[bool]()
+
+    def forward(self) -> Tensor:
+        self.mixed.append(torch.is_autocast_enabled("cpu"))
+        return self.values
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_both_towers_run_in_the_chosen_precision(tmp_path: Path, precision: str) -> None:
+    names, tuned = Names(), made()
+    tuned.objective.text, tuned.objective.text_weight = cast(ClassText, names), 0.3
+    fitted(tuned, vectors(tuned.adapter.towers), tmp_path, precision=precision, steps=2)
+    assert names.mixed == [precision == "bf16"] * 2, "once a step"
+    assert names.values.grad is not None
+    assert names.values.grad.dtype == torch.float32
 
 
 def test_every_epoch_has_all_rows_in_an_order_of_its_own(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class PretrainConfig(Config):
     """Channel mean and deviation: CLIP's own (or what the weights in `init` were trained with),
     those of COCO's images, or those of the training images."""
     prompt: str = "a photo of a {name}."
-    """Zero-shot prompt of validation; may name any column of the class table."""
+    """Zero-shot prompt of validation, over the class table's columns, as `featcache.prompts` reads
+    one."""
     validate_every: NonNegativeInt = 3
     """Epochs between validations; 0 = only at the end."""
     validate_steps: PositiveInt | None = None

@@ -36,7 +36,7 @@ class Source(Protocol):
         """Path to reason, of every image found unreadable so far."""
 
     def augmented(
-        self, plan: Sequence[IntArray], seed: int, epoch: int
+        self, plan: Sequence[IntArray], seed: int, epoch: int, spares: IntArray | None = None
     ) -> Iterator[tuple[Tensor, IntArray]]:
         """Inputs of training rows, varied by (seed, epoch), on the device.
 
@@ -44,6 +44,8 @@ class Source(Protocol):
             plan: positions in the training part, one array a batch.
             seed: of the whole training.
             epoch: from 0.
+            spares: ascending positions of which one takes the place of an unreadable image; None =
+                any.
 
         Yields:
             Inputs of the readable rows of a batch, and their positions.
@@ -107,12 +109,13 @@ class PixelSource:
         return {**self._exact.problems, **self._varied.images.problems}
 
     def augmented(
-        self, plan: Sequence[IntArray], seed: int, epoch: int
+        self, plan: Sequence[IntArray], seed: int, epoch: int, spares: IntArray | None = None
     ) -> Iterator[tuple[Tensor, IntArray]]:
         """Varied pixels, every batch whole; see `Source.augmented`."""
         rows = [self._rows[which] for which in plan]
+        others = self._rows if spares is None else self._rows[spares]
         before = self._varied.images.waited
-        for batch in self._varied.stream(rows, (seed, epoch), spares=self._rows):
+        for batch in self._varied.stream(rows, (seed, epoch), others):
             self._waited += self._varied.images.waited - before
             where = np.searchsorted(self._rows, batch.which).astype(np.int64)
             yield self._varied.inputs(batch), where

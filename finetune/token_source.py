@@ -62,7 +62,7 @@ class TokenSource:
         return {}
 
     def augmented(
-        self, plan: Sequence[IntArray], seed: int, epoch: int
+        self, plan: Sequence[IntArray], seed: int, epoch: int, spares: IntArray | None = None
     ) -> Iterator[tuple[Tensor, IntArray]]:
         """(B, L, W) float32 tokens, a random view of each row; see `Source.augmented`."""
         for number, which in enumerate(plan):

@@ -169,15 +169,17 @@ def fit(
         epoch_started, waited = time.perf_counter(), source.waited
         order = np.random.default_rng([seed, 2, epoch]).permutation(len(train))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        batches = batches[: num_steps - step]
         seed_all(seed, epoch, group.rank)
         shares = [group.share(torch.from_numpy(batch)) for batch in batches]
+        # In place of an unreadable image comes one that no other process has in this epoch.
+        spares = np.unique(np.concatenate([own.numpy() for own, _ in shares]))
+        shares = shares[: num_steps - step]
         pieces = [
             piece
             for own, _ in shares
             for piece in np.array_split(own.numpy(), min(optim.accumulate, len(own)))
         ]
-        inputs = source.augmented(pieces, seed, epoch)
+        inputs = source.augmented(pieces, seed, epoch, spares)
         tuned.train()
         losses: dict[str, list[Tensor]] = {}
         seen = 0

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featcache.backbones.base import PixelSpec
-from featcache.errors import ConfigError
 from featcache.manifest import Manifest
+from featcache.prompts import format_prompts
 from finetune.architectures import Tokenizer
 from finetune.loading import Images, LoadingConfig
 from finetune.pairs import Pairs, pairs_of
@@ -50,7 +49,7 @@ class Validation:
         manifest: Manifest, split: str, template: str, tokenizer: Tokenizer
     ) -> tuple[TokenTable, TokenTable]:
         """Tokens of the split's captions, and of the class prompts made from `template`."""
-        prompts = TokenTable.of(class_prompts(manifest.classes, template), tokenizer)
+        prompts = TokenTable.of(format_prompts(manifest.classes, [template])[0], tokenizer)
         return TokenTable.of(pairs_of(manifest, split).texts, tokenizer), prompts
 
     @classmethod
@@ -116,24 +115,6 @@ class Validation:
         metrics |= retrieval_recall(images, encode_texts(self.texts, known), offsets, texts)
         model.train(was_training)
         return metrics
-
-
-def class_prompts(classes: pd.DataFrame, template: str) -> list[str]:
-    """C prompts: `template` filled in with each row of the class table.
-
-    Raises:
-        ConfigError: if the template names a column that the class table lacks.
-    """
-    try:
-        return [
-            template.format(**{str(k): v for k, v in row.items()})
-            for row in classes.to_dict("records")
-        ]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ConfigError(
-            f"prompt: {template!r} cannot be filled in ({error!r}); the class table has the "
-            f"columns {', '.join(map(str, classes.columns))}"
-        ) from None
 
 
 def normalized(features: Iterable[Tensor]) -> Tensor:

@@ -167,7 +167,7 @@ def test_images_beyond_the_memory_budget_give_the_same_result(toy: Path) -> None
         ({"architecture": "ViT-B-16-SigLIP"}, ConfigError, "model hub"),
         ({"architecture": "coca_ViT-B-32"}, ConfigError, "captioning decoder"),
         ({"device": "cuda:99"}, ConfigError, "device: 'cuda:99'"),
-        ({"prompt": "a {color}"}, ConfigError, "prompt: 'a {color}'"),
+        ({"prompt": "a {color}"}, ConfigError, "template 'a {color}': no class has 'color'"),
         ({"train_split": "training"}, DatasetError, "no split 'training'"),
         ({"val_split": "dev"}, DatasetError, "no split 'dev'"),
     ],

@@ -64,13 +64,19 @@ class Vectors:
     values: Tensor
     unreadable: frozenset[int] = frozenset()
     plans: list[list[npt.NDArray[np.int64]]] = field(default_factory=list)
+    spares: list[npt.NDArray[np.int64] | None] = field(default_factory=list)
     waited: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)
 
     def augmented(
-        self, plan: Sequence[npt.NDArray[np.int64]], seed: int, epoch: int
+        self,
+        plan: Sequence[npt.NDArray[np.int64]],
+        seed: int,
+        epoch: int,
+        spares: npt.NDArray[np.int64] | None = None,
     ) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
         self.plans.append(list(plan))
+        self.spares.append(spares)
         yield from ((self.values[torch.from_numpy(which)], which) for which in plan)
 
     def plain(self, part: Part, batch_size: int) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
@@ -107,7 +113,7 @@ def made(dropout: float = 0.0) -> Tuned:
 
 
 def fitted(tuned: Tuned, source: Vectors, folder: Path, val: Part | None = None, **o: Any) -> Fit:
-    stop = o.pop("stop", StopConfig(patience=None))
+    stop, group = o.pop("stop", StopConfig(patience=None)), o.pop("group", ALONE)
     options = {"lr": 0.05, "epochs": 3, "batch_size": 8, "weight_decay": 0.5, **o}
     optim = TuningConfig.model_validate(options)
     head = ClassifierConfig(lr=0.02, weight_decay=0.25)
@@ -119,7 +125,7 @@ def fitted(tuned: Tuned, source: Vectors, folder: Path, val: Part | None = None,
         optim,
         stop,
         build=lambda: tuned.build_optimizer(optim, head),
-        group=ALONE,
+        group=group,
         seed=7,
         metric="top1",
         folder=folder,
@@ -164,6 +170,32 @@ def written_out(
                 value *= 1 - lr * decay
                 value -= lr * first[name] / (1 - 0.9**step) / root
     return {name: value.detach().float() for name, value in values.items()}
+
+
+class Unheard(Group):
+    """One of several processes, of which no other is heard."""
+
+    def sum_gradients(self, head: nn.Module) -> None:
+        """Keeps them."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
+def test_processes_replace_unreadable_images_by_different_ones(tmp_path: Path) -> None:
+    """A cut last epoch too: what is left of it could be too little to choose from."""
+    found = []
+    for rank in range(2):
+        tuned, group = made(), Unheard(rank, 2, torch.device("cpu"))
+        source = vectors(tuned.adapter.towers)
+        (tmp_path / str(rank)).mkdir()
+        fitted(tuned, source, tmp_path / str(rank), group=group, steps=4)
+        found.append(source.spares)
+    for first, second in zip(*found, strict=True):
+        assert first is not None
+        assert second is not None
+        assert np.array_equal(np.sort(np.concatenate([first, second])), np.arange(ROWS))
+        assert np.array_equal(first, np.sort(first))
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 3}])

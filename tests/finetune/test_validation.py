@@ -3,28 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
 from featcache.backbones.base import PixelSpec
-from featcache.errors import ConfigError
 from finetune import validation
 from finetune.architectures import build, tokenizer
 from finetune.loading import LoadingConfig
-from finetune.validation import Validation, class_prompts, retrieval_recall, zero_shot_top1
+from finetune.validation import Validation, retrieval_recall, zero_shot_top1
 
 from .toy_pretraining import TINY_VIT, toy_config, write_toy
-
-
-def test_prompts_may_name_any_column() -> None:
-    classes = pd.DataFrame(
-        {"name": ["rosa", "bellis"], "genus": ["Rosa", "Bellis"], "count": [1, 2]}
-    )
-    assert class_prompts(classes, "{name} of {genus}.") == ["rosa of Rosa.", "bellis of Bellis."]
-    with pytest.raises(ConfigError, match=r"prompt: .*family.*name, genus, count"):
-        class_prompts(classes, "{family}")
 
 
 def test_zero_shot_skips_rows_without_label_and_breaks_ties_low() -> None:

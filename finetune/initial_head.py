@@ -69,7 +69,14 @@ def class_order(run: LoadedRun, names: list[str]) -> Tensor:
     Raises:
         ConfigError: if a class is in one of both only.
     """
+    if list(run.class_names) == names:  # in which two may be of one name
+        return torch.arange(len(names))
     own = {name: index for index, name in enumerate(run.class_names)}
+    if len(own) < len(run.class_names) or len(set(names)) < len(names):
+        raise ConfigError(
+            f"init_head: classes of {run.path} or of the dataset share a name and are in another "
+            "order; train a head on a cache of this dataset"
+        )
     missing = [name for name in names if name not in own]
     foreign = [name for name in own if name not in set(names)]
     if missing or foreign:

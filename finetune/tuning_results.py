@@ -109,7 +109,17 @@ def write_head(
         assert objective.text is not None, "neither head nor text"
         with torch.no_grad():
             weight = (objective.text_scale * objective.text()).cpu()
-        head = Linear(weight.shape[1], len(weight), bias=False, scaling="unit", weight=weight)
+        beta = objective.offset  # one for all classes; without it every class would be affirmed
+        offset = None if beta is None else beta.detach().cpu().expand(len(weight))
+        config = config.model_copy(update={"bias": offset is not None})
+        head = Linear(
+            weight.shape[1],
+            len(weight),
+            bias=config.bias,
+            scaling="unit",
+            weight=weight,
+            offset=offset,
+        )
         head = head.to(device)
     head.eval()
     width, name = head.mean.shape[0], f"image/{dataset.feature}"

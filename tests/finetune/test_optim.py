@@ -56,3 +56,19 @@ def test_learning_rate_rises_then_follows_half_a_cosine() -> None:
     assert all(a < b for a, b in itertools.pairwise(rates[:20]))
     assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     assert AdamWConfig(warmup=0.2).lr_factor(1)(0) == 1.0
+
+
+def test_hard_restarts_begin_each_cycle_at_the_peak() -> None:
+    """After the warm-up of 20 steps, four cycles of 20: each is the half cosine of 20 steps."""
+    factor = AdamWConfig(warmup=0.2, cycles=4).lr_factor(100)
+    assert [factor(step) for step in range(20)] == pytest.approx([s / 20 for s in range(1, 21)])
+    cycle = [0.5 * (1 + math.cos(math.pi * s / 20)) for s in range(20)]
+    assert [factor(step) for step in range(20, 100)] == pytest.approx(cycle * 4)
+
+
+def test_the_optimizer_is_adamw_with_the_stated_options() -> None:
+    config = AdamWConfig(lr=0.25, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.5)
+    optimizer = config.build(torch.nn.Linear(2, 3))
+    for group, decay in zip(optimizer.param_groups, (0.5, 0.0), strict=True):
+        assert (group["lr"], group["peak_lr"], group["weight_decay"]) == (0.25, 0.25, decay)
+        assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-3)

@@ -4,7 +4,8 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from featcache import extract
 from featcache.errors import ConfigError
 from featcache.extract_config import ExtractConfig
+from finetune import train as finetune_train
 from finetune import tuning_loop
 from finetune.initial_head import class_order
+from finetune.objective import Objective
 from finetune.train import run
 from heads import evaluate, predict
 from heads.run_folder import load_run
@@ -193,6 +196,10 @@ def test_head_begins_at_the_one_trained_on_the_cache_and_both_are_compared(
     assert np.asarray(names)[order.numpy()].tolist() == turned.tolist()
     with pytest.raises(ConfigError, match="'pink' is not in the head"):
         class_order(load_run(tmp_path / "head"), ["red", "green", "pink"])
+    twins = cast(Any, SimpleNamespace(class_names=["crane", "dog", "crane"], path="head"))
+    assert class_order(twins, ["crane", "dog", "crane"]).tolist() == [0, 1, 2]
+    with pytest.raises(ConfigError, match="share a name and are in another order"):
+        class_order(twins, ["crane", "crane", "dog"])
 
 
 def test_last_blocks_train_on_cached_tokens_without_pixels(toy: Path, tmp_path: Path) -> None:
@@ -253,6 +260,32 @@ def test_several_labels_and_class_names_alone(toy: Path, tmp_path: Path) -> None
     assert head.config.kind == "linear"
     own = json.loads((tmp_path / "alone" / "head" / "metrics.json").read_text())
     assert own["test"]["top1"] == alone.metrics["test_acc_txt"]
+
+
+def test_class_names_alone_leave_a_head_with_their_offset(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several labels; without it the head's probabilities would not be those of training."""
+    table = (toy / "toy.csv").read_text().replace("label", "labels").replace("red,", "red|warm,")
+    (toy / "alone.csv").write_text(table)
+    dataset = {"kind": "table", "file": str(toy / "alone.csv"), "label_separator": "|"}
+    trained: list[Objective] = []
+    written = finetune_train.write_head
+
+    def noting(folder: Path, *options: Any) -> Any:
+        trained.extend(option for option in options if isinstance(option, Objective))
+        return written(folder, *options)
+
+    monkeypatch.setattr(finetune_train, "write_head", noting)
+    run(config(toy, tmp_path / "out", dataset=dataset, objective="image_text"))
+    (objective,) = trained
+    assert objective.offset is not None
+    assert objective.text is not None
+    features = torch.randn(3, 16)
+    expected = objective.text_logits(features, objective.text())
+    head = load_run(tmp_path / "out" / "head").head
+    with torch.no_grad():
+        torch.testing.assert_close(head(features), expected.detach(), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

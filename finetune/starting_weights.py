@@ -44,10 +44,13 @@ class Start:
         model = build(architecture)
         if self.state is not None:
             own = model.state_dict()
-            # A bias that the loss needs and the weights lack keeps its start value, and vice versa.
+            # A bias that the loss does not have is dropped. One that the weights lack begins where
+            # the loss wants it, and the scale with it: of a softmax's scale, every pair would pass
+            # for one.
             state = {name: value for name, value in self.state.items() if name in own}
-            bias = {name: own[name] for name in own.keys() - state.keys() if name == "logit_bias"}
-            model.load_state_dict({**state, **bias})
+            if "logit_bias" in own.keys() - state.keys():
+                state |= {name: own[name] for name in ("logit_bias", "logit_scale")}
+            model.load_state_dict(state)
         return model
 
 

@@ -123,6 +123,18 @@ def test_siglip_keeps_its_bias(tmp_path: Path) -> None:
     other = run(toy_config(toy, out=str(tmp_path / "other"), **more))
     assert "logit_bias" not in other.metrics
     assert OpenClipConfig(model=f"local-dir:{other.folder}").open().spec.logit_bias == 0.0
+    assert other.metrics["logit_scale"] == pytest.approx(report.metrics["logit_scale"], rel=1e-5)
+
+
+def test_siglip_after_a_softmax_begins_with_its_own_scale_and_bias(tmp_path: Path) -> None:
+    """With a softmax's scale of 14 to 100 nearly every pair would pass for one at first."""
+    toy = write_toy(tmp_path)
+    first = run(toy_config(toy, out=str(tmp_path / "first"), steps=2, val_split=""))
+    assert first.metrics["logit_scale"] == pytest.approx(1 / 0.07, rel=0.05)
+    more = {"init": str(first.folder), "architecture": None, "steps": 1, "optim": {"lr": 1e-9}}
+    found = run(toy_config(toy, out=str(tmp_path / "second"), loss="siglip", **more)).metrics
+    assert found["logit_scale"] == pytest.approx(10, rel=1e-5)
+    assert found["logit_bias"] == pytest.approx(-10, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ class Images:
             raise UnreadableImagesError(
                 f"{len(self.problems)} images are unreadable, at most {self._allowed} of "
                 f"{len(self._paths)} are allowed: first {path} ({reason}); repair them or raise "
-                "max_unreadable"
+                "loading.max_unreadable"
             )
 
     def _keep(self, row: int, pixels: npt.NDArray[np.uint8]) -> None:

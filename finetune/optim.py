@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -12,6 +12,9 @@ from featcache.config import Config
 from finetune.parallel import alike_groups
 from heads.optim import ScheduleConfig, lr_factor
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Decay rate of a running mean, [0, 1)."""
+
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -20,7 +23,7 @@ class AdamWConfig(Config):
 
     lr: PositiveFloat = 2e-3
     """Peak learning rate, > 0."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Decay rates of AdamW's two moments, each in [0, 1)."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon, > 0."""

@@ -105,8 +105,15 @@ def _from_tag_or_file(init: str, architecture: str | None) -> Start:
             f"init: {init!r} for architecture {architecture}; give the folder that pretraining "
             "wrote, or the checkpoint's folder"
         )
+    known_as = Path(name).stem
+    if not Path(init).is_file() and not open_clip.is_pretrained_cfg(known_as, init):
+        tags = open_clip.list_pretrained_tags_by_model(known_as)
+        raise ConfigError(
+            f"init: {init!r} is no folder, no file and no tag of {architecture}; its tags: "
+            f"{', '.join(tags) or 'none'}"
+        )
     backbone = OpenClipConfig(model=name, pretrained=init).open()
-    return _start(architecture, Path(name).stem, backbone)
+    return _start(architecture, known_as, backbone)
 
 
 def _from_adapted(folder: Path) -> Start:
@@ -129,7 +136,8 @@ def _from_adapted(folder: Path) -> Start:
 
 def _start(name: str, known_as: str, backbone: Backbone) -> Start:
     """The weights of an opened backbone; raises RuntimeError if they are not open_clip's own."""
-    assert isinstance(backbone, OpenClip)
+    if not isinstance(backbone, OpenClip):  # heads behind its projections
+        raise RuntimeError("no open_clip model alone")
     architecture = dict(open_clip.get_model_config(known_as))
     check_dual_encoder(name, architecture)
     state = {key: value.detach() for key, value in backbone.model.state_dict().items()}

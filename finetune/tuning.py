@@ -5,6 +5,8 @@ from typing import Literal, Self
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from featcache.config import Config
+from featcache.errors import ConfigError
+from finetune.optim import Decay
 from heads.optim import ScheduleConfig
 
 
@@ -46,7 +48,7 @@ class TuningConfig(Config):
     weight_decay: NonNegativeFloat = 1e-2
     """Decoupled weight decay of the adapter's matrices, 0 or more; vectors and scalars (biases,
     norm gains) never decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, each in [0, 1)."""
     batch_size: PositiveInt = 32
     """Images of an optimiser step, all processes together; the last of an epoch may be smaller."""
@@ -61,7 +63,8 @@ class TuningConfig(Config):
     """Optimiser steps for each training image a class that `dataset.shots` keeps, in place of
     `steps`; few-shot CLIP-LoRA takes 500."""
     schedule: ScheduleConfig = ScheduleConfig(shape="constant", warmup_steps=0)
-    """Learning-rate schedule, over all steps whether or not the training stops early."""
+    """Learning-rate schedule, over all steps whether or not the training stops early. What of it is
+    unset: shape constant, no warm-up, or the rise of one_cycle."""
     final_lr: NonNegativeFloat = 0.0
     """Learning rate that a falling schedule ends at, 0 or more."""
     clip_norm: PositiveFloat | None = None
@@ -84,6 +87,22 @@ class TuningConfig(Config):
                 "train; leave one out"
             )
         return self
+
+    def schedule_over(self, num_steps: int) -> ScheduleConfig:
+        """The schedule of a training with every unset field filled in.
+
+        Raises:
+            ConfigError: if the warm-up is as long as the whole training.
+        """
+        shape, warmup = self.schedule.shape or "constant", self.schedule.warmup_steps
+        if warmup is None:
+            warmup = int(self.schedule.pct_start * num_steps) if shape == "one_cycle" else 0
+        elif warmup >= num_steps:
+            raise ConfigError(
+                f"optim.schedule.warmup_steps: {warmup} is not below the {num_steps} optimiser "
+                "steps of the training; lower it, or raise optim.epochs"
+            )
+        return self.schedule.model_copy(update={"shape": shape, "warmup_steps": warmup})
 
 
 class StopConfig(Config):

@@ -146,7 +146,7 @@ def fit(
     steps_per_epoch = math.ceil(len(train) / size)
     num_steps = optim.steps or optim.epochs * steps_per_epoch
     num_epochs = math.ceil(num_steps / steps_per_epoch)
-    factor = lr_factor(optim.schedule, num_steps)
+    factor = lr_factor(optim.schedule_over(num_steps), num_steps)
     mixed, scaler = mixed_precision(optim.precision, device)
     fitted = Fit(
         tuned,
@@ -282,7 +282,8 @@ def measure(
         device: where the objective lives.
 
     Raises:
-        RunError: if none of the rows can be read.
+        RunError: if none of the rows can be read, or weights that have diverged make features NaN
+            or infinite.
     """
     started = time.perf_counter()
     rows, parts = [], []
@@ -293,6 +294,11 @@ def measure(
     if not parts:
         raise RunError(f"none of the {len(part)} images of {part.name!r} can be read")
     features, kept = torch.cat(parts), np.concatenate(rows)
+    if not features.isfinite().all():
+        raise RunError(
+            f"features of {part.name!r} are NaN or infinite, the training has diverged; lower "
+            "optim.lr or set optim.clip_norm"
+        )
     seconds = time.perf_counter() - started
     readable = np.zeros(len(part), np.bool_)
     readable[kept] = True

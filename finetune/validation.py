@@ -17,6 +17,7 @@ from finetune.loading import Images, LoadingConfig
 from finetune.pairs import Pairs, pairs_of
 from finetune.text import TokenTable, encode_text
 from finetune.training_images import normalize
+from heads.run_folder import RunError
 
 ROWS_AT_A_TIME = 1024
 """Rows whose similarities are held at once."""
@@ -77,6 +78,9 @@ class Validation:
         Returns:
             `zero_shot_top1` and `chance` if the split has classes, and the recalls of
             `retrieval_recall`, all shares in 0..1.
+
+        Raises:
+            RunError: if features are NaN or infinite, as weights that have diverged make them.
         """
         was_training = model.training
         model.eval()
@@ -103,16 +107,23 @@ class Validation:
 
         images = normalized(encode_images())
         rows = np.concatenate(readable)
+        offsets, texts = self.pairs.captions_of(rows)
+        # Captions of unreadable images have nothing to be found by them.
+        known, texts = np.unique(texts, return_inverse=True)
+        captions = encode_texts(self.texts, known)
+        for what, features in (("image", images), ("text", captions)):
+            if not features.isfinite().all():
+                raise RunError(
+                    f"validation: {what} features are NaN or infinite, the training has diverged; "
+                    "lower optim.lr or set optim.clip_norm"
+                )
         metrics: dict[str, float] = {}
         labels = self.pairs.labels[rows]
         if (labels >= 0).any():
             prompts = encode_texts(self.prompts, np.arange(len(self.prompts.lengths)))
             metrics["zero_shot_top1"] = zero_shot_top1(images, prompts, labels)
             metrics["chance"] = 1.0 / len(prompts)
-        offsets, texts = self.pairs.captions_of(rows)
-        # Captions of unreadable images have nothing to be found by them.
-        known, texts = np.unique(texts, return_inverse=True)
-        metrics |= retrieval_recall(images, encode_texts(self.texts, known), offsets, texts)
+        metrics |= retrieval_recall(images, captions, offsets, texts)
         model.train(was_training)
         return metrics
 
@@ -144,7 +155,7 @@ def retrieval_recall(
     text_ids: npt.NDArray[np.int64],
     ks: tuple[int, ...] = (1, 5, 10),
 ) -> dict[str, float]:
-    """Recall at k both ways over distinct texts; ties count against the model.
+    """Recall at k both ways over distinct texts; ties and NaN count against the model.
 
     Image to text: a hit if any of the image's own texts is among the k most similar.
     Text to image: a hit if any image that owns the text is among the k most similar.
@@ -188,5 +199,6 @@ def _ranks(
         own = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         own[rows, columns] = True
         best = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks[start:stop] = ((scores >= best) & ~own).sum(dim=1).cpu().numpy()
+        # Not "at least as similar", which NaN never is.
+        ranks[start:stop] = (~(scores < best) & ~own).sum(dim=1).cpu().numpy()
     return ranks

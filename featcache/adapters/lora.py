@@ -12,7 +12,7 @@ k chosen ones are stacked likewise.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -141,12 +141,14 @@ class Lora(Adapter):
             dropout: share of inputs dropped in training.
 
         Raises:
-            BackboneError: if a block does not have one of the sites.
+            BackboneError: if a block does not have one of the sites, or a matrix of one has fewer
+                rows or columns than `rank`.
         """
         super().__init__(towers)
         rows = _stacked_rows(towers, blocks, sites)
         model = towers.model
         self._weights = {name: model.get_parameter(name) for name in rows}
+        _require_low(rank, self._weights, rows)
         self.changes = nn.ModuleList(
             LowRank(weight, rows[name], rank, scale, dropout)
             for name, weight in self._weights.items()
@@ -217,6 +219,20 @@ def _stacked_rows(
             everything = (0, len(towers.model.get_parameter(site.weight)))
             rows[site.weight].append(site.rows or everything)
     return {name: sorted(ranges) for name, ranges in rows.items()}
+
+
+def _require_low(
+    rank: int, weights: Mapping[str, Tensor], rows: Mapping[str, list[tuple[int, int]]]
+) -> None:
+    """Refuses a product of more numbers than the matrix that it changes has directions."""
+    for name, weight in weights.items():
+        for start, stop in rows[name]:
+            if rank > min(stop - start, weight.shape[1]):
+                raise BackboneError(
+                    f"adapter.rank {rank}: {name} changes by matrices of {stop - start} x "
+                    f"{weight.shape[1]}, whose rank is no higher than "
+                    f"{min(stop - start, weight.shape[1])}; lower it, or take adapter full"
+                )
 
 
 def _host_of(model: nn.Module, weight: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from featcache.backbones.base import Backbone, BackboneConfig
+from featcache.errors import BackboneError
 from featcache.identity import Precision
 
 
@@ -57,7 +58,13 @@ class AdaptedConfig(BackboneConfig):
         from featcache import adapter_folder  # here for the same reason
 
         held = adapter_folder.read_adapter(Path(self.model))
-        backbone = self._base().open("cpu", "fp32")
+        try:
+            backbone = self._base().open("cpu", "fp32")
+        except BackboneError as error:
+            raise BackboneError(
+                f"base of {self.model}: {error}; if the base is elsewhere now, set "
+                "backbone.base_model"
+            ) from None
         adapter = adapter_folder.attach(held, backbone)
         adapter.fold()
         adapter.requires_grad_(False)

@@ -184,6 +184,12 @@ class TestPositions:
         with pytest.raises(BackboneError, match="mid means no block of 2"):
             chosen_blocks("mid", 2)
 
+    def test_a_rank_that_no_matrix_has_is_refused(self, backbone):
+        match = r"rank 33: visual.transformer.resblocks.0.* matrices of 32 x 32"
+        with pytest.raises(BackboneError, match=match):
+            LoraConfig(rank=33).attach(backbone.trainable())
+        LoraConfig(rank=32, sites=("q", "fc1")).attach(backbone.trainable())
+
     def test_repeated_and_empty_choices_are_refused(self):
         for options in ({"sites": ["q", "q"]}, {"sites": []}, {"positions": [1, 1]}):
             with pytest.raises(ConfigError, match="expected each once, and at least one"):

@@ -2,13 +2,18 @@
 
 import itertools
 import math
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from pydantic import ValidationError
 
+from featcache.errors import ConfigError
 from finetune.architectures import PRESETS, build
 from finetune.optim import AdamWConfig, param_groups
+from finetune.tuning import TuningConfig
+from heads.optim import lr_factor
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -72,3 +77,39 @@ def test_the_optimizer_is_adamw_with_the_stated_options() -> None:
     for group, decay in zip(optimizer.param_groups, (0.5, 0.0), strict=True):
         assert (group["lr"], group["peak_lr"], group["weight_decay"]) == (0.25, 0.25, decay)
         assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-3)
+
+
+@pytest.mark.parametrize("options", [AdamWConfig, TuningConfig])
+def test_decay_rates_outside_their_range_are_refused_as_options(
+    options: type[AdamWConfig | TuningConfig],
+) -> None:
+    assert options(betas=(0.0, 0.5)).betas == (0.0, 0.5)
+    with pytest.raises(ValidationError, match=r"betas\.1\n.*less than 1"):
+        options(betas=(0.9, 1.0))
+    with pytest.raises(ValidationError, match=r"betas\.0\n.*greater than or equal to 0"):
+        options(betas=(-0.1, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "warmup"),
+    [
+        ({}, "constant", 0),
+        ({"shape": "cosine"}, "cosine", 0),
+        ({"shape": "one_cycle", "pct_start": 0.3}, "one_cycle", 3),
+        ({"warmup_steps": 2}, "constant", 2),
+    ],
+)
+def test_a_schedule_of_which_one_option_is_given_has_the_others(
+    given: dict[str, Any], shape: str, warmup: int
+) -> None:
+    """As `--optim.schedule.shape cosine` alone gives it."""
+    config = TuningConfig.from_values({"schedule": given} if given else {})
+    schedule = config.schedule_over(10)
+    assert (schedule.shape, schedule.warmup_steps) == (shape, warmup)
+    assert 0 < lr_factor(schedule, 10)(0) <= 1
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused() -> None:
+    config = TuningConfig.from_values({"schedule": {"warmup_steps": 10}})
+    with pytest.raises(ConfigError, match="warmup_steps: 10 is not below the 10"):
+        config.schedule_over(10)

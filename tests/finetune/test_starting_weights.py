@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from featcache.adapter_folder import write_adapter
 from featcache.adapters.full import FullConfig
 from featcache.adapters.lora import LoraConfig
+from featcache.adapters.projection import ProjectionConfig
 from featcache.adapters.vpt import VptConfig
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.errors import BackboneError, ConfigError
@@ -98,13 +99,20 @@ def test_goes_on_from_every_form_of_weights(tmp_path: Path) -> None:
             kind.kind == "lora"
         )
 
-    backbone = base.open()
-    folder = tmp_path / "vpt"
-    folder.mkdir()
-    adapter = VptConfig(num_tokens=2).attach(backbone.trainable())
-    write_adapter(folder, base, base.open(), VptConfig(num_tokens=2), adapter.state())
-    with pytest.raises(BackboneError, match=r"vpt.*cannot be merged"):
-        start_of(str(folder), None, None, None)
+    for unmergeable in (VptConfig(num_tokens=2), ProjectionConfig()):
+        folder = tmp_path / unmergeable.kind
+        folder.mkdir()
+        state = unmergeable.attach(base.open().trainable()).state()
+        write_adapter(folder, base, base.open(), unmergeable, state)
+        with pytest.raises(BackboneError, match=rf"{unmergeable.kind}.*cannot be merged"):
+            start_of(str(folder), None, None, None)
+
+
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "toy.json"])
+def test_weights_that_are_nowhere_are_told_by_the_option_that_named_them(architecture: str) -> None:
+    message = r"^init: 'nowhere' is no folder, no file and no tag of .*; its tags: (openai|none)"
+    with pytest.raises(ConfigError, match=message):
+        start_of("nowhere", architecture, None, None)
 
 
 def test_siglip_keeps_its_bias(tmp_path: Path) -> None:

@@ -138,6 +138,13 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(toy: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_the_last_step_has_spoiled_are_no_result(toy: Path, tmp_path: Path) -> None:
+    """No loss follows that step: features say it."""
+    with pytest.raises(RunError, match=r"features of '.*' are NaN or infinite"):
+        run(config(toy, tmp_path / "out", adapter="full", optim={"lr": 1e30, "steps": 1}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_rates_fall_from_their_peaks_to_the_last_one(toy: Path, tmp_path: Path) -> None:
     optim = {
         "lr": 2e-4,

@@ -13,6 +13,7 @@ from finetune import validation
 from finetune.architectures import build, tokenizer
 from finetune.loading import LoadingConfig
 from finetune.validation import Validation, retrieval_recall, zero_shot_top1
+from heads.run_folder import RunError
 
 from .toy_pretraining import TINY_RN, TINY_VIT, toy_config, write_toy
 
@@ -44,6 +45,9 @@ def test_recall_equals_a_sort_of_every_row(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_collapsed_model_recalls_nothing() -> None:
     same = torch.ones(6, 2)
     found = retrieval_recall(same, same, np.arange(7), np.arange(6))
+    assert set(found.values()) == {0.0}
+    nothing = torch.full((6, 2), torch.nan)
+    found = retrieval_recall(nothing, nothing, np.arange(7), np.arange(6))
     assert set(found.values()) == {0.0}
 
 
@@ -107,3 +111,12 @@ def test_a_model_in_training_is_measured_as_it_is_used(tmp_path: Path) -> None:
     assert found == expected
     assert all(part.training for part in model.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_diverged_weights_are_not_measured(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    torch.manual_seed(0)
+    model = build(TINY_VIT)
+    model.text_projection.data.fill_(torch.nan)
+    with pytest.raises(RunError, match="text features are NaN or infinite"):
+        measured(tmp_path, model)

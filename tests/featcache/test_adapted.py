@@ -78,6 +78,15 @@ def test_damaged_and_missing_folders_are_refused(base, tmp_path):
     trained(base, tmp_path / "a")
     with pytest.raises(BackboneError, match="no such folder"):
         AdaptedConfig(model=str(tmp_path / "none")).open()
+    record = tmp_path / "a" / "adapter.json"
+    text = record.read_text()
+    moved = json.loads(text)
+    moved["base"]["model"] = "local-dir:/nowhere"
+    record.write_text(json.dumps(moved))
+    match = r"base of .*/a: .*/nowhere: no such folder.* set backbone\.base_model"
+    with pytest.raises(BackboneError, match=match):
+        AdaptedConfig(model=str(tmp_path / "a")).open()
+    record.write_text(text)
     tensors = tmp_path / "a" / "adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:100])
     with pytest.raises(BackboneError, match="damaged adapter"):

@@ -6,8 +6,8 @@
 
 loss    InfoNCE and SigLIP with their gradients on B features of width 512, beside open_clip's
         losses, which leave the gradient to autograd: time and peak memory above the features.
-step    one optimizer step from pixels and token ids in memory: `finetune.pretrain_loop`, with its
-        random crops; `train_one_epoch` of open_clip_train as it is, on pixels that are ready; and a
+step    one optimizer step from pixels and token ids in memory: `finetune.contrastive.loop`, with
+        its random crops; `train_one_epoch` of open_clip_train as it is, on pixels that are ready; a
         plain PyTorch loop. Captions have lengths like COCO's, 8 to 30 tokens.
 chunks  the same step with the batch in 1, 2, 4, 8 chunks by gradient caching; open_clip_train with
         `accum_freq`. The loss of all is that of the whole batch.
@@ -40,15 +40,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featcache.backbones.base import PixelSpec
-from finetune.architectures import PRESETS, build
-from finetune.augmentation import AugmentationConfig, crop_squares, square_views
+from finetune.contrastive.architectures import PRESETS, build
+from finetune.contrastive.loop import Training
+from finetune.contrastive.pair_stream import Batch
+from finetune.contrastive.text import TokenTable, UsedVocabulary
+from finetune.images.augmentation import AugmentationConfig, crop_squares, square_views
+from finetune.images.training_images import TrainingImages, VariedBatch, normalize
 from finetune.losses.info_nce import InfoNceConfig, info_nce
 from finetune.losses.siglip import siglip
 from finetune.optim import AdamWConfig
-from finetune.pair_stream import Batch
-from finetune.pretrain_loop import Training
-from finetune.text import TokenTable, UsedVocabulary
-from finetune.training_images import TrainingImages, VariedBatch, normalize
 from heads.distributed import Group
 
 RESULT = Path(__file__).parent / "results" / "contrastive.json"

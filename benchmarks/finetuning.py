@@ -36,7 +36,7 @@ from featcache.backbones.base import PixelSpec
 from featcache.backbones.local_dir import save_local_dir
 from featcache.config import Config, run_job
 from featcache.precision import resolve_device
-from finetune.architectures import build, model_config
+from finetune.contrastive.architectures import build, model_config
 from finetune.train import TrainConfig
 from finetune.train import run as finetune
 

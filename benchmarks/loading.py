@@ -39,9 +39,9 @@ from torchvision.transforms import v2
 
 from featcache.backbones.base import PixelSpec
 from featcache.config import Config, run_job
-from finetune.augmentation import AugmentationConfig
-from finetune.loading import Images, LoadingConfig
-from finetune.training_images import TrainingImages
+from finetune.images.augmentation import AugmentationConfig
+from finetune.images.loading import Images, LoadingConfig
+from finetune.images.training_images import TrainingImages
 
 BATCH = 32
 WARM, BEYOND = 3, 6

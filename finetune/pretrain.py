@@ -27,27 +27,27 @@ from featcache.config import run_job
 from featcache.errors import ConfigError
 from featcache.manifest import Manifest
 from featcache.precision import fastest_precision
-from finetune.architectures import image_size, tokenizer, with_logits
-from finetune.gradient_cache import batch_norms
-from finetune.loading import Images
-from finetune.output import RECORD, is_finished, read_json, resumable, write_json
-from finetune.pair_stream import PairStream
-from finetune.pairs import Pairs, pairs_of
-from finetune.pretrain_checkpoint import (
+from finetune.contrastive.architectures import image_size, tokenizer, with_logits
+from finetune.contrastive.checkpoints import (
     checkpoints,
     forget_half_written,
     read_checkpoint,
     weights_of,
     write_checkpoint,
 )
-from finetune.pretrain_config import PretrainConfig
-from finetune.pretrain_loop import Progress, Rhythm, Training, train
-from finetune.pretrain_pictures import draw_curves
+from finetune.contrastive.config import PretrainConfig
+from finetune.contrastive.gradient_cache import batch_norms
+from finetune.contrastive.loop import Progress, Rhythm, Training, train
+from finetune.contrastive.pair_stream import PairStream
+from finetune.contrastive.pairs import Pairs, pairs_of
+from finetune.contrastive.pictures import draw_curves
+from finetune.contrastive.starting_weights import Start, start_of
+from finetune.contrastive.text import TokenTable, UsedVocabulary, can_shorten
+from finetune.contrastive.validation import Validation
+from finetune.images.loading import Images
+from finetune.images.training_images import TrainingImages
+from finetune.output import RECORD, is_finished, read_json, resumable, write_json
 from finetune.recompute import recompute_blocks
-from finetune.starting_weights import Start, start_of
-from finetune.text import TokenTable, UsedVocabulary, can_shorten
-from finetune.training_images import TrainingImages
-from finetune.validation import Validation
 from heads.distributed import Group, ending_at_once, group_for
 from heads.run_folder import write_history
 

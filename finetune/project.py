@@ -32,11 +32,11 @@ from featcache.reader import Cache, open_cache
 from featcache.reporting.style import MUTED, PALETTE, dress, figure
 from featcache.storage import CachePath
 from finetune.checkpoint import LAST, read_state, save_state, seed_all
+from finetune.contrastive.pair_features import PairFeatures, PairMeasure, PairRows, choose_pairs
 from finetune.losses import AnyPairLoss, PairLossConfig
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.optim import AdamWConfig
 from finetune.output import is_finished, read_json, resumable, write_json
-from finetune.pair_features import PairFeatures, PairMeasure, PairRows, choose_pairs
 from heads.optim import set_lr
 from heads.run_folder import RunError, versions
 from heads.watch import EarlyStop

@@ -30,21 +30,21 @@ from featcache.datasets import DATASETS, AnyDataset
 from featcache.errors import ConfigError
 from featcache.reader import Cache, open_cache
 from featcache.storage import CachePath
-from finetune import building, frozen, head_folder
-from finetune.augmentation import AugmentationConfig
 from finetune.checkpoint import LAST
-from finetune.examples import Material
-from finetune.frozen import Frozen
-from finetune.head_folder import EncodedDataset
-from finetune.loading import LoadingConfig
-from finetune.objective import Objective, ObjectiveName
+from finetune.images.augmentation import AugmentationConfig
+from finetune.images.loading import LoadingConfig
 from finetune.output import is_finished, read_json, resumable, write_json
-from finetune.sources import PixelSource, Source
-from finetune.token_source import TokenSource, require_tokens
-from finetune.tuned import Tuned
-from finetune.tuning import ClassifierConfig, StopConfig, TextConfig, TuningConfig
-from finetune.tuning_loop import Measured, fit, measure
-from finetune.tuning_results import result_values, shown, summary, write_head
+from finetune.tuning import building, frozen, head_folder
+from finetune.tuning.examples import Material
+from finetune.tuning.frozen import Frozen
+from finetune.tuning.head_folder import EncodedDataset
+from finetune.tuning.loop import Measured, fit, measure
+from finetune.tuning.objective import Objective, ObjectiveName
+from finetune.tuning.options import ClassifierConfig, StopConfig, TextConfig, TuningConfig
+from finetune.tuning.results import result_values, shown, summary, write_head
+from finetune.tuning.sources import PixelSource, Source
+from finetune.tuning.token_source import TokenSource, require_tokens
+from finetune.tuning.tuned import Tuned
 from heads import run_folder
 from heads.distributed import Group, ending_at_once, group_for
 from heads.evaluate import main_metric
@@ -327,7 +327,7 @@ def _train(
     values["unreadable"] = source.problems
     values["seconds_total"] = time.perf_counter() - started
     if config.report:
-        from finetune.tuning_report import write_report  # matplotlib takes a second to import
+        from finetune.tuning.report import write_report  # matplotlib takes a second to import
 
         name = f"image/{dataset.feature}"
         write_report(

@@ -33,8 +33,8 @@ from featcache.extract_config import FeatureOptions
 from featcache.pictures import contact_sheet
 from finetune import pretrain
 from finetune.pretrain import PretrainConfig
-from finetune.side_by_side import Line, Stage, measure, picture, table, write_page
 from finetune.train import TrainConfig
+from finetune.tuning.side_by_side import Line, Stage, measure, picture, table, write_page
 from flows.finetune_backbone import AdaptedExtraction, finetune_backbone
 from flows.steps import step
 from flows.train_heads import HeadTraining

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from finetune import pretrain
 from finetune.checkpoint import read_state, save_state
-from finetune.gradient_cache import contrastive_step
+from finetune.contrastive.gradient_cache import contrastive_step
 from finetune.losses.info_nce import info_nce
 from finetune.losses.siglip import siglip
 from finetune.optim import param_groups

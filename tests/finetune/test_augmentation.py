@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from featcache.backbones.base import PixelSpec
 from featcache.images import load_pixels, load_view
-from finetune.augmentation import AugmentationConfig, Variation, crop_squares, square_views
+from finetune.images.augmentation import AugmentationConfig, Variation, crop_squares, square_views
 
 MEAN = (0.5, 0.4, 0.3)
 

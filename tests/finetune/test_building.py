@@ -12,10 +12,10 @@ import torch
 from featcache.adapters import ADAPTERS
 from featcache.backbones.base import Backbone
 from featcache.backbones.open_clip import OpenClipConfig
-from finetune.building import build_head, build_objective
-from finetune.examples import Material
-from finetune.objective import Objective, ObjectiveName
-from finetune.tuning import ClassifierConfig, TextConfig
+from finetune.tuning.building import build_head, build_objective
+from finetune.tuning.examples import Material
+from finetune.tuning.objective import Objective, ObjectiveName
+from finetune.tuning.options import ClassifierConfig, TextConfig
 from heads.parts import Part, Parts
 
 from .colours import TINY

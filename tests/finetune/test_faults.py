@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from featcache.adapter_folder import attach, read_adapter
 from featcache.backbones.open_clip import OpenClipConfig, _published_pixels
 from featcache.images import load_pixels
-from finetune import tuning_loop
 from finetune.train import TrainConfig, run
-from finetune.tuning_loop import Fit
+from finetune.tuning import loop as tuning_loop
+from finetune.tuning.loop import Fit
 
 TINY = {
     "embed_dim": 16,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.gradient_cache import batch_norms, contrastive_step
+from finetune.contrastive.gradient_cache import batch_norms, contrastive_step
 from finetune.parallel import PairTowers, spread
 from heads.distributed import Group
 

@@ -13,9 +13,9 @@ from PIL import Image
 from featcache.backbones.base import PixelSpec
 from featcache.errors import DatasetError, UnreadableImagesError
 from featcache.image_bytes import tar_member_path
-from finetune.augmentation import AugmentationConfig
-from finetune.loading import Images, LoadingConfig
-from finetune.training_images import TrainingImages
+from finetune.images.augmentation import AugmentationConfig
+from finetune.images.loading import Images, LoadingConfig
+from finetune.images.training_images import TrainingImages
 
 SPEC = PixelSpec((24, 24), (0.5,) * 3, (0.5,) * 3)
 COLOURFUL = AugmentationConfig(min_area=0.2, brightness=0.4, policy="random", erasing=0.3)

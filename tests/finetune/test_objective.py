@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones.trainable import TowerName, TrainableTowers
-from finetune.objective import ClassText, Objective
+from finetune.tuning.objective import ClassText, Objective
 from heads.losses.binary_cross_entropy import BinaryCrossEntropy
 from heads.losses.cross_entropy import CrossEntropy
 from heads.models.linear import Linear

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from featcache.errors import ConfigError
-from finetune.architectures import PRESETS, build
+from finetune.contrastive.architectures import PRESETS, build
 from finetune.optim import AdamWConfig, param_groups
-from finetune.tuning import TuningConfig
+from finetune.tuning.options import TuningConfig
 from heads.optim import lr_factor
 
 

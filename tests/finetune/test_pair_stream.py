@@ -9,11 +9,11 @@ from PIL import Image
 
 from featcache.backbones.base import PixelSpec
 from featcache.errors import UnreadableImagesError
-from finetune.augmentation import AugmentationConfig
-from finetune.loading import LoadingConfig
-from finetune.pair_stream import Batch, PairStream
-from finetune.pairs import Pairs
-from finetune.training_images import TrainingImages
+from finetune.contrastive.pair_stream import Batch, PairStream
+from finetune.contrastive.pairs import Pairs
+from finetune.images.augmentation import AugmentationConfig
+from finetune.images.loading import LoadingConfig
+from finetune.images.training_images import TrainingImages
 from heads.distributed import Group
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from featcache.errors import DatasetError
 from featcache.manifest import Manifest
-from finetune.pairs import pairs_of
+from finetune.contrastive.pairs import pairs_of
 
 
 def _manifest(root: Path, captions: list[list[str]] | None, split: str = "train") -> Manifest:

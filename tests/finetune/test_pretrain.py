@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from featcache.errors import ConfigError, DatasetError
 from finetune import pretrain
+from finetune.contrastive.checkpoints import checkpoints
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.pretrain import PretrainConfig, run
-from finetune.pretrain_checkpoint import checkpoints
 from heads.run_folder import RunError
 
 from .toy_pretraining import toy_config, write_toy

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from featcache.errors import ConfigError
-from finetune import pretrain_checkpoint
+from finetune.contrastive import checkpoints as pretrain_checkpoint
+from finetune.contrastive.checkpoints import checkpoints
 from finetune.pretrain import PretrainConfig, run
-from finetune.pretrain_checkpoint import checkpoints
 
 from ..together import meeting_place
 from .toy_pretraining import toy_config, write_toy
@@ -23,7 +23,8 @@ from .toy_pretraining import toy_config, write_toy
 # Dies while its fourth checkpoint is half on disk.
 KILLED = """
 import os, signal, sys
-from finetune import pretrain, pretrain_checkpoint
+from finetune import pretrain
+from finetune.contrastive import checkpoints as pretrain_checkpoint
 save, calls = pretrain_checkpoint.save_state, []
 def dies(*inputs, **options):
     calls.append(1)

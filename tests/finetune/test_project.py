@@ -16,7 +16,7 @@ from featcache.extract import run as extract
 from featcache.finish import FinishConfig
 from featcache.reader import open_cache
 from finetune import project
-from finetune.pair_features import PairFeatures, PairMeasure, choose_pairs
+from finetune.contrastive.pair_features import PairFeatures, PairMeasure, choose_pairs
 from finetune.project import ProjectConfig, run
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.architectures import build
+from finetune.contrastive.architectures import build
 from finetune.recompute import recompute_blocks
 
 from .toy_pretraining import TINY_RN, TINY_VIT

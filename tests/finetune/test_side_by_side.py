@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.side_by_side import Line, Stage, picture, table, write_page
+from finetune.tuning.side_by_side import Line, Stage, picture, table, write_page
 from heads.compare import Difference
 
 

@@ -15,9 +15,9 @@ from featcache.adapters.projection import ProjectionConfig
 from featcache.adapters.vpt import VptConfig
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.errors import BackboneError, ConfigError
-from finetune.architectures import PRESETS, build, model_config
+from finetune.contrastive.architectures import PRESETS, build, model_config
+from finetune.contrastive.starting_weights import start_of
 from finetune.pretrain import run
-from finetune.starting_weights import start_of
 
 from .toy_pretraining import toy_config, write_toy
 

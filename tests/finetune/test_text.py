@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.architectures import PRESETS, build, tokenizer
-from finetune.text import TokenTable, UsedVocabulary, can_shorten, encode_text
+from finetune.contrastive.architectures import PRESETS, build, tokenizer
+from finetune.contrastive.text import TokenTable, UsedVocabulary, can_shorten, encode_text
 
 TEXTS = ["a red rose.", "a much longer sentence about a small yellow tulip in the rain", "rose"]
 

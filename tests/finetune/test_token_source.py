@@ -9,7 +9,7 @@ from featcache.backbones.open_clip import OpenClipConfig
 from featcache.errors import CacheError
 from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
-from finetune.token_source import TokenSource, require_tokens
+from finetune.tuning.token_source import TokenSource, require_tokens
 from heads.parts import Part
 
 CPU = torch.device("cpu")

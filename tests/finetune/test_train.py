@@ -16,10 +16,10 @@ from featcache import extract
 from featcache.errors import ConfigError
 from featcache.extract_config import ExtractConfig
 from finetune import train as finetune_train
-from finetune import tuning_loop
-from finetune.initial_head import class_order
-from finetune.objective import Objective
 from finetune.train import run
+from finetune.tuning import loop as tuning_loop
+from finetune.tuning.initial_head import class_order
+from finetune.tuning.objective import Objective
 from heads import evaluate, predict
 from heads.run_folder import load_run
 from heads.train import TrainConfig as HeadTrainConfig

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune import tuning_loop
 from finetune.train import run
-from finetune.tuned import Tuned
-from finetune.tuning_loop import Measured
+from finetune.tuning import loop as tuning_loop
+from finetune.tuning.loop import Measured
+from finetune.tuning.tuned import Tuned
 from heads.run_folder import RunError
 
 from . import colours

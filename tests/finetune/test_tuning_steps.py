@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from featcache.adapters.base import Adapter
 from featcache.adapters.full import FullConfig
 from featcache.backbones.trainable import TowerName, TrainableTowers
-from finetune import tuning_loop
-from finetune.objective import ClassText, Objective
-from finetune.tuned import Tuned
-from finetune.tuning import ClassifierConfig, StopConfig, TuningConfig
-from finetune.tuning_loop import Fit, Measured, fit, measure
+from finetune.tuning import loop as tuning_loop
+from finetune.tuning.loop import Fit, Measured, fit, measure
+from finetune.tuning.objective import ClassText, Objective
+from finetune.tuning.options import ClassifierConfig, StopConfig, TuningConfig
+from finetune.tuning.tuned import Tuned
 from heads.distributed import Group
 from heads.losses.cross_entropy import CrossEntropy
 from heads.models.linear import Linear

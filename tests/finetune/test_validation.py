@@ -10,9 +10,9 @@ from torch import nn
 
 from featcache.backbones.base import PixelSpec
 from finetune import validation
-from finetune.architectures import build, tokenizer
-from finetune.loading import LoadingConfig
-from finetune.validation import Validation, retrieval_recall, zero_shot_top1
+from finetune.contrastive.architectures import build, tokenizer
+from finetune.contrastive.validation import Validation, retrieval_recall, zero_shot_top1
+from finetune.images.loading import LoadingConfig
 from heads.run_folder import RunError
 
 from .toy_pretraining import TINY_RN, TINY_VIT, toy_config, write_toy

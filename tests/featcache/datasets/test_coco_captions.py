@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from featcache.datasets.coco_captions import CocoCaptionsConfig
 from featcache.errors import DatasetError
-from finetune.pairs import pairs_of
+from finetune.contrastive.pairs import pairs_of
 
 CATEGORIES = [
     {"id": 18, "name": "dog", "supercategory": "animal"},

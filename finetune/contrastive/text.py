@@ -15,7 +15,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from finetune.architectures import Tokenizer
+from finetune.contrastive.architectures import Tokenizer
 
 
 @dataclass(frozen=True)

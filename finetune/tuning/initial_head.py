@@ -8,7 +8,7 @@ from torch import Tensor
 from featcache.backbones.base import Backbone
 from featcache.errors import CacheMismatchError, ConfigError
 from featcache.identity import differences
-from finetune.examples import Material
+from finetune.tuning.examples import Material
 from heads.models.linear import Linear, LinearConfig
 from heads.run_folder import LoadedRun, load_run
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from finetune.pairs import Pairs, draw_captions
-from finetune.training_images import TrainingImages, VariedBatch
+from finetune.contrastive.pairs import Pairs, draw_captions
+from finetune.images.training_images import TrainingImages, VariedBatch
 from heads.distributed import Group
 
 

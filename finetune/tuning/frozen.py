@@ -9,7 +9,7 @@ from featcache.errors import CacheError, CacheMismatchError
 from featcache.identity import differences
 from featcache.reader import Cache, open_cache
 from featcache.storage import place
-from finetune.examples import Material
+from finetune.tuning.examples import Material
 from heads.models.linear import LinearConfig
 from heads.run_folder import load_run, read_json
 from heads.train import TrainConfig as HeadTrainConfig

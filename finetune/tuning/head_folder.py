@@ -17,7 +17,7 @@ from featcache.batches import Rows
 from featcache.identity import FeatureIdentity, Identity
 from featcache.layout.feature_array import ComputedArray, checked_rows
 from featcache.manifest import Task, class_hash
-from finetune.examples import Material
+from finetune.tuning.examples import Material
 from heads.data import FeatureTables, HeadArrays
 
 FOLDER = "head"

@@ -13,12 +13,12 @@ from featcache.backbones.base import Backbone
 from featcache.backbones.trainable import TrainableTowers
 from featcache.errors import ConfigError
 from featcache.prompts import choose_zero_shot, expand, format_prompts
-from finetune.examples import Material
-from finetune.initial_head import initial_head
-from finetune.objective import ClassText, Objective, ObjectiveName
 from finetune.recompute import recompute_blocks
-from finetune.sources import Source
-from finetune.tuning import ClassifierConfig, TextConfig
+from finetune.tuning.examples import Material
+from finetune.tuning.initial_head import initial_head
+from finetune.tuning.objective import ClassText, Objective, ObjectiveName
+from finetune.tuning.options import ClassifierConfig, TextConfig
+from finetune.tuning.sources import Source
 from heads.losses.base import ClassStatistics, LossConfig
 from heads.models.linear import Linear, LinearConfig
 from heads.parts import CARVE, Parts, choose_parts, class_counts, labelled_part

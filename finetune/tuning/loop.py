@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint import LAST, SavedState, read_state, save_state, seed_all
-from finetune.objective import Objective
-from finetune.sources import Source
-from finetune.tuned import Tuned
-from finetune.tuning import StopConfig, TuningConfig
+from finetune.tuning.objective import Objective
+from finetune.tuning.options import StopConfig, TuningConfig
+from finetune.tuning.sources import Source
+from finetune.tuning.tuned import Tuned
 from heads import metrics
 from heads.distributed import Group
 from heads.fitting import mixed_precision

@@ -21,7 +21,7 @@ TOKENS = "image/tokens"
 
 
 class TokenSource:
-    """Cached `before_last` tokens; see `finetune.sources.Source`.
+    """Cached `before_last` tokens; see `finetune.tuning.sources.Source`.
 
     Training takes any of the views that the cache holds, measuring the plain one. Held on the
     device where they fit into half of its memory, otherwise in host memory, otherwise read batch by

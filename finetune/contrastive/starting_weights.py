@@ -12,7 +12,7 @@ from featcache.backbones.adapted import AdaptedConfig
 from featcache.backbones.base import Backbone, PixelSpec
 from featcache.backbones.open_clip import OpenClip, OpenClipConfig
 from featcache.errors import BackboneError, ConfigError
-from finetune.architectures import PRESETS, build, check_dual_encoder, model_config
+from finetune.contrastive.architectures import PRESETS, build, check_dual_encoder, model_config
 
 DEFAULT_ARCHITECTURE = "demo-rn"
 
@@ -62,7 +62,8 @@ def start_of(
     Args:
         init: "" for random weights; a folder (open_clip's local-dir, or an adapted backbone); a
             weights file or open_clip tag of `architecture`.
-        architecture: see `finetune.architectures`; None = the folder's, or the small default.
+        architecture: see `finetune.contrastive.architectures`; None = the folder's, or the small
+            default.
         image_size: pixels; only for random weights.
         context_length: tokens; only for random weights.
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from featcache.backbones.base import Backbone, FeatureRequest, PixelSpec
 from featcache.backbones.trainable import TrainableTowers
 from featcache.manifest import Manifest
-from finetune.augmentation import AugmentationConfig
-from finetune.loading import Images, LoadingConfig
-from finetune.training_images import TrainingImages
+from finetune.images.augmentation import AugmentationConfig
+from finetune.images.loading import Images, LoadingConfig
+from finetune.images.training_images import TrainingImages
 from heads.parts import Part
 
 IntArray = npt.NDArray[np.int64]

@@ -28,8 +28,8 @@ from featcache.backbones.base import PixelSpec
 from featcache.config import Config
 from featcache.errors import UnreadableImagesError
 from featcache.storage import Where
-from finetune.augmentation import AugmentationConfig, Key
-from finetune.decoding import DecodingThreads, DecodingWorkers, Source
+from finetune.images.augmentation import AugmentationConfig, Key
+from finetune.images.decoding import DecodingThreads, DecodingWorkers, Source
 
 IntArray = npt.NDArray[np.int64]
 

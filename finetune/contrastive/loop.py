@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.checkpoint import seed_all
-from finetune.gradient_cache import contrastive_step
+from finetune.contrastive.gradient_cache import contrastive_step
+from finetune.contrastive.pair_stream import Batch, PairStream
+from finetune.contrastive.text import TokenTable, encode_text
+from finetune.images.training_images import TrainingImages
 from finetune.losses import PairLossConfig
 from finetune.optim import AdamWConfig
-from finetune.pair_stream import Batch, PairStream
 from finetune.parallel import PairTowers, Spread, Strategy, clip_norm, spread
-from finetune.text import TokenTable, encode_text
-from finetune.training_images import TrainingImages
 from heads.distributed import Group
 from heads.optim import set_lr
 from heads.progress import duration

@@ -9,9 +9,9 @@ from matplotlib.ticker import PercentFormatter
 
 from featcache.reporting import page, style
 from featcache.reporting.page import Fact, Section
-from finetune import head_folder
-from finetune.examples import Material
-from finetune.frozen import Frozen
+from finetune.tuning import head_folder
+from finetune.tuning.examples import Material
+from finetune.tuning.frozen import Frozen
 from heads.calibration import read_calibration
 from heads.data import FeatureTables
 from heads.models.linear import Linear

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from featcache.adapters.base import Adapter, ReplacedWeights
-from finetune.objective import Objective
-from finetune.tuning import ClassifierConfig, TuningConfig
+from finetune.tuning.objective import Objective
+from finetune.tuning.options import ClassifierConfig, TuningConfig
 
 ADAPTER_LR, WEIGHTS_LR = 1e-4, 1e-5
 """Default peak learning rates: of tensors that an adapter adds, and of a backbone's own weights."""

@@ -8,8 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from featcache.config import Config
 from featcache.datasets import AnyDataset
 from featcache.datasets.garden import GardenConfig
-from finetune.augmentation import AugmentationConfig
-from finetune.loading import LoadingConfig
+from finetune.images.augmentation import AugmentationConfig
+from finetune.images.loading import LoadingConfig
 from finetune.losses import AnyPairLoss
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.optim import AdamWConfig

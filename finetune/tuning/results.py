@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from finetune import head_folder
-from finetune.examples import Material
-from finetune.head_folder import EncodedDataset
-from finetune.objective import Objective
-from finetune.tuned import Tuned
-from finetune.tuning_loop import Fit, Measured
+from finetune.tuning import head_folder
+from finetune.tuning.examples import Material
+from finetune.tuning.head_folder import EncodedDataset
+from finetune.tuning.loop import Fit, Measured
+from finetune.tuning.objective import Objective
+from finetune.tuning.tuned import Tuned
 from heads import run_folder
 from heads.base import FeatureSpec
 from heads.models.linear import Linear, LinearConfig

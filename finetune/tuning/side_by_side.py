@@ -13,7 +13,7 @@ from featcache.precision import resolve_device
 from featcache.reporting import page, style
 from featcache.reporting.page import Fact, Section
 from finetune.output import read_json
-from finetune.tuning_report import METRIC_TITLES
+from finetune.tuning.report import METRIC_TITLES
 from heads.compare import Difference, compare, require_same_rows
 from heads.evaluate import choose_split, open_known, outputs_of
 from heads.progress import duration

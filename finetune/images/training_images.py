@@ -18,8 +18,8 @@ from torch import Tensor
 
 from featcache.backbones.base import PixelSpec
 from featcache.storage import Where
-from finetune.augmentation import AugmentationConfig, Key, crop_squares, square_views
-from finetune.loading import Images, LoadingConfig
+from finetune.images.augmentation import AugmentationConfig, Key, crop_squares, square_views
+from finetune.images.loading import Images, LoadingConfig
 
 MARGIN = 1.125
 """Side of the squares that are kept, over the side that the tower takes: room for crops."""

@@ -36,7 +36,7 @@ from featcache.errors import DatasetError, UserError
 from featcache.image_bytes import read_many
 from featcache.images import load_pixels, load_view
 from featcache.storage import Where
-from finetune.augmentation import AugmentationConfig, Key, Variation
+from finetune.images.augmentation import AugmentationConfig, Key, Variation
 
 Decoded = tuple[int, npt.NDArray[np.uint8] | list[npt.NDArray[np.uint8]], list[str]]
 """Ticket of a task, (3, H, W) uint8 pixels of its rows, and "" or why a row is unreadable."""
@@ -170,7 +170,7 @@ class DecodingWorkers:
         os.set_blocking(self._tasks, False)
         passed = (memory, tasks, done)
         code = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-        code += "from finetune.decoding import _serve; _serve(*map(int, sys.argv[2:]))"
+        code += "from finetune.images.decoding import _serve; _serve(*map(int, sys.argv[2:]))"
         numbers = [*map(str, passed), str(num_workers), str(num_buffers), str(self.rows_at_once)]
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(sys.path), *numbers],

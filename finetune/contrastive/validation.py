@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from featcache.backbones.base import PixelSpec
 from featcache.manifest import Manifest
 from featcache.prompts import format_prompts
-from finetune.architectures import Tokenizer
-from finetune.loading import Images, LoadingConfig
-from finetune.pairs import Pairs, pairs_of
-from finetune.text import TokenTable, encode_text
-from finetune.training_images import normalize
+from finetune.contrastive.architectures import Tokenizer
+from finetune.contrastive.pairs import Pairs, pairs_of
+from finetune.contrastive.text import TokenTable, encode_text
+from finetune.images.loading import Images, LoadingConfig
+from finetune.images.training_images import normalize
 from heads.run_folder import RunError
 
 ROWS_AT_A_TIME = 1024

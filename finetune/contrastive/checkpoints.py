@@ -19,9 +19,9 @@ from torch import Tensor
 from featcache.backbones.base import PixelSpec
 from featcache.backbones.local_dir import save_local_dir
 from finetune.checkpoint import read_state, save_state
+from finetune.contrastive.loop import Progress, Training
+from finetune.contrastive.text import UsedVocabulary
 from finetune.parallel import put, whole
-from finetune.pretrain_loop import Progress, Training
-from finetune.text import UsedVocabulary
 from heads.run_folder import RunError
 
 STATE = "training.safetensors"

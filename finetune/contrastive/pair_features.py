@@ -16,7 +16,7 @@ from featcache.class_text import ensemble
 from featcache.datasets.splitting import stratified
 from featcache.errors import CacheError, ConfigError
 from featcache.reader import Cache
-from finetune.validation import retrieval_recall, zero_shot_top1
+from finetune.contrastive.validation import retrieval_recall, zero_shot_top1
 from heads.data import FeatureTable
 
 IntArray = npt.NDArray[np.int64]

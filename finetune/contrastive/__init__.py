@@ -1,0 +1,1 @@
+"""Image-caption pairs: architectures, batches, loop and validation of dual encoders."""

@@ -1,0 +1,1 @@
+"""Training images: how they are decoded, varied and handed over in batches."""

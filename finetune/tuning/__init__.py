@@ -1,0 +1,1 @@
+"""Fine-tuning with labels: a backbone's adapter and a head on it, from options to report."""

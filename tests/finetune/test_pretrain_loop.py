@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from finetune.pair_stream import Batch
+from finetune.pretrain_loop import Training
+from finetune.text import TokenTable
+from finetune.training_images import TrainingImages, VariedBatch
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
@@ -14,10 +18,6 @@ from finetune.losses import PairLossConfig
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.losses.siglip import SiglipConfig
 from finetune.optim import AdamWConfig
-from finetune.pair_stream import Batch
-from finetune.pretrain_loop import Training
-from finetune.text import TokenTable
-from finetune.training_images import TrainingImages, VariedBatch
 from heads.distributed import Group
 
 from .pairs import NUM_PAIRS, dual_encoder, pairs

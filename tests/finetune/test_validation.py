@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from featcache.backbones.base import PixelSpec
-from finetune import validation
+from finetune.contrastive import validation
 from finetune.contrastive.architectures import build, tokenizer
 from finetune.contrastive.validation import Validation, retrieval_recall, zero_shot_top1
 from finetune.images.loading import LoadingConfig

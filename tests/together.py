@@ -2,8 +2,8 @@
 
 import os
 import socket
-import subprocess
-import sys
+
+from .warm import WarmProcess
 
 
 def free_port() -> int:
@@ -28,19 +28,13 @@ def meeting_place(size: int) -> dict[str, str]:
 
 def run_together(size: int, *arguments: str) -> list[tuple[str, str, int]]:
     """Output, errors and exit status of each process, started with what torchrun tells them."""
-    shared = meeting_place(size)
+    shared = {**os.environ, **meeting_place(size)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
+        WarmProcess(*arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
     try:
-        return [(*process.communicate(timeout=200), process.returncode) for process in processes]
+        return [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -9,6 +7,8 @@ import pytest
 from featcache.extract import ExtractConfig, run
 from featcache.reader import open_cache
 from featcache.store import Store, verify
+
+from ..warm import WarmProcess
 
 NUM_KILLS = 20
 
@@ -109,16 +109,11 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(config, tmp_p
     run(whole)
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
-    result = subprocess.run(
-        [sys.executable, "-c", KILLER, str(file), str(NUM_KILLS)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    outcome = json.loads(result.stdout.splitlines()[-1])
+    arguments = [str(file), str(NUM_KILLS)]
+    killer = WarmProcess("-c", KILLER, *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output, errors, status = killer.wait(240)
+    assert status == 0, errors
+    outcome = json.loads(output.splitlines()[-1])
     assert outcome["kills"] >= NUM_KILLS
     # The moments must have fallen into the work, not only before or after it.
     assert sum(0 < done < 24 for done in outcome["done"]) >= NUM_KILLS // 3

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
@@ -18,6 +16,7 @@ from finetune.contrastive.checkpoints import checkpoints
 from finetune.pretrain import PretrainConfig, run
 
 from ..together import meeting_place
+from ..warm import WarmProcess
 from .toy_pretraining import toy_config, write_toy
 
 # Dies while its fourth checkpoint is half on disk.
@@ -59,13 +58,10 @@ def test_killed_and_resumed_equals_uninterrupted(toy: Path, tmp_path: Path) -> N
     """With batch normalisation, captions and crops drawn, and a step count that cuts epochs."""
     options = {"architecture": str(toy / "rn.json"), "steps": 18, "save_every": 3, "log_every": 5}
     config = toy_config(toy, out=str(tmp_path / "killed"), **options)
-    end = subprocess.run(
-        [sys.executable, "-c", KILLED, _written(config, tmp_path / "killed.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        check=False,
-    )
-    assert end.returncode == -signal.SIGKILL, end.stderr.decode()
+    one_thread = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = WarmProcess("-c", KILLED, _written(config, tmp_path / "killed.yaml"), env=one_thread)
+    _, errors, status = killed.wait()
+    assert status == -signal.SIGKILL, errors
     assert not config.out.exists()
     left = tmp_path / "killed.partial"
     assert [path.name for path in checkpoints(left)] == ["checkpoint_2_6", "checkpoint_3_9"]
@@ -130,20 +126,15 @@ def test_two_processes_train_as_one(
     options = {"steps": 6, "log_every": 1, "accumulate": 2, "save_every": 4, "optim": optim}
     config = toy_config(toy, out=str(tmp_path / "two"), **options)
     shared = meeting_place(2)
-    job = [sys.executable, "-m", "finetune.pretrain", "--config"]
-    other = subprocess.Popen(
-        [*job, _written(config, tmp_path / "two.yaml")],
-        env={**os.environ, **shared, "RANK": "1", "LOCAL_RANK": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = ["-m", "finetune.pretrain", "--config", _written(config, tmp_path / "two.yaml")]
+    environment = {**os.environ, **shared, "RANK": "1", "LOCAL_RANK": "1"}
+    other = WarmProcess(*job, env=environment)
     with monkeypatch.context() as here:  # this process is the first one: one to start less
         for name, value in {**shared, "RANK": "0", "LOCAL_RANK": "0"}.items():
             here.setenv(name, value)
         run(config)
     assert "cpu × 2 processes" in capsys.readouterr().out
-    assert (other.communicate(timeout=100)[0], other.returncode) == ("", 0)
+    assert other.wait() == ("", "", 0)
     alone = run(toy_config(toy, out=str(tmp_path / "one"), **options))
     for (step, one), (_, other) in zip(_losses(alone.folder), _losses(config.out), strict=True):
         assert one == pytest.approx(other, abs=1e-6), step

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +24,8 @@ from heads.optim import OptimConfig, ScheduleConfig
 from heads.parts import Parts, carve, choose_parts, labelled_part
 from heads.run_folder import RunError, load_run
 from heads.train import TrainConfig
+
+from ..warm import WarmProcess
 
 CacheMaker = Callable[..., Path]
 
@@ -166,13 +165,13 @@ def test_a_killed_process_resumes_bit_for_bit(make_single: CacheMaker, tmp_path:
     killed = straight.model_copy(update={"run": tmp_path / "killed"})
     file = tmp_path / "killed.yaml"
     file.write_text(killed.to_yaml())
-    process = subprocess.Popen([sys.executable, "-m", "heads.train", "--config", str(file)])
+    process = WarmProcess("-m", "heads.train", "--config", str(file))
     last = tmp_path / "killed" / "last.safetensors"
     deadline = time.monotonic() + 120
-    while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+    while not last.is_file() and process.is_running() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the process ended before it could be killed"
+    process.kill()
+    assert process.wait()[2] == -signal.SIGKILL, "the process ended before it could be killed"
     assert last.is_file()
     assert not (tmp_path / "killed" / "metrics.json").exists()
     train.run(killed)

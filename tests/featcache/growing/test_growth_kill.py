@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -12,6 +10,8 @@ from featcache.extract import ExtractConfig, run
 from featcache.growing import swap
 from featcache.reader import open_cache
 from featcache.store import Store, verify
+
+from ...warm import WarmProcess
 
 NUM_KILLS = 6
 
@@ -119,16 +119,11 @@ def test_killed_at_random_moments_an_update_loses_nothing(config, tmp_path, make
     run(whole)
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
-    result = subprocess.run(
-        [sys.executable, "-c", KILLER, str(file), str(old), str(NUM_KILLS)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    outcome = json.loads(result.stdout.splitlines()[-1])
+    arguments = [str(file), str(old), str(NUM_KILLS)]
+    killer = WarmProcess("-c", KILLER, *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output, errors, status = killer.wait(240)
+    assert status == 0, errors
+    outcome = json.loads(output.splitlines()[-1])
     # Half of the moments at least must have fallen into an update that was under way.
     assert outcome["begun"] >= NUM_KILLS // 2
     expected = open_cache(whole.cache)

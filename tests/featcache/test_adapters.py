@@ -4,17 +4,22 @@ A new file in `featcache/adapters` is checked by being there.
 """
 
 import json
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from featcache.adapter_folder import write_adapter
 from featcache.adapters import ADAPTERS
+from featcache.adapters.base import ReplacedWeights
 from featcache.backbones import BACKBONES
 from featcache.backbones.adapted import AdaptedConfig
 from featcache.backbones.base import FeatureRequest
 from featcache.backbones.open_clip import OpenClipConfig
 from featcache.backbones.timm import TimmConfig
+from featcache.backbones.trainable import TrainableTowers
 
 from .test_vpt import ARCHITECTURE, pixels
 
@@ -89,6 +94,24 @@ def test_adapter(kind, base, tmp_path):
     opened.move("cpu", "bf16")
     half = opened.encode_image(pixels(), FeatureRequest())["projected"]
     assert torch.nn.functional.cosine_similarity(half, changed).min() > 0.99
+
+
+def test_frozen_parts_stay_in_evaluation_while_others_train():
+    """Batch norms of frozen weights keep their statistics; those of trained ones move."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+    towers = cast(TrainableTowers, SimpleNamespace(model=model.eval(), name="toy"))
+    names = {name for name in model.state_dict() if not name.startswith("0.")}
+    adapter = ReplacedWeights(towers, names).train()
+    assert [part.training for part in model] == [False, True, True, False]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(3 + torch.randn(8, 4))
+    moved = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert moved == {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+    assert moved <= adapter.state().keys()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} <= names
+    assert adapter.trained_parameters().keys() == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    adapter.eval()
+    assert not any(part.training for part in model.modules())
 
 
 @pytest.mark.parametrize("kind", [k for k, c in ADAPTERS.items() if "dropout" in c.model_fields])

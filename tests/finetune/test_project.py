@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from featcache import finish
+from featcache.adapters.projection import Head
 from featcache.errors import CacheError, ConfigError
 from featcache.extract import ExtractConfig
 from featcache.extract import run as extract
@@ -17,6 +19,7 @@ from featcache.finish import FinishConfig
 from featcache.reader import open_cache
 from finetune import project
 from finetune.contrastive.pair_features import PairFeatures, PairMeasure, choose_pairs
+from finetune.losses.info_nce import InfoNceConfig
 from finetune.project import ProjectConfig, run
 
 CPU = torch.device("cpu")
@@ -112,6 +115,39 @@ def test_the_best_epoch_is_kept_and_its_backbone_measures_the_same(path, tmp_pat
     assert (config.out / "curves.png").stat().st_size > 10_000
 
 
+def test_the_first_of_the_best_epochs_is_given_back(path, tmp_path, monkeypatch):
+    """And not the last, whose heads differ; dropout is on in steps and off in measuring."""
+    recalls = iter([0.1, 0.2, 0.9, 0.3, 0.9, 0.4])
+    seen, trained, put_back = [], [], []
+    measure, forward, clamp = PairMeasure.__call__, Head.forward, InfoNceConfig.clamp
+
+    def pretended(self, image_head, text_head):
+        found = measure(self, image_head, text_head)
+        if not isinstance(image_head, nn.Identity) and self.name == "val":
+            seen.append({name: t.clone() for name, t in image_head.state_dict().items()})
+            found["mean_recall"] = next(recalls, 0.9)
+        return found
+
+    def watched(self, features):
+        trained.append((self.training, torch.is_grad_enabled()))
+        return forward(self, features)
+
+    def noted(self, logit_scale):
+        put_back.append(clamp(self, logit_scale))
+
+    monkeypatch.setattr(PairMeasure, "__call__", pretended)
+    monkeypatch.setattr(Head, "forward", watched)
+    monkeypatch.setattr(InfoNceConfig, "clamp", noted)
+    config = configured(path, tmp_path / "p", epochs=5, adapter={"dropout": 0.5})
+    assert run(config).metrics["best_epoch"] == 2
+    kept = load_file(config.out / "adapter.safetensors")
+    for name, tensor in seen[2].items():
+        assert torch.equal(kept[f"image.{name}"], tensor)
+    assert not torch.equal(seen[2]["second.weight"], seen[5]["second.weight"])
+    assert set(trained) == {(True, True), (False, False)}
+    assert len(put_back) == 5 * (21 // 8), "the scale, after every step"
+
+
 def _prompts(cache):
     return [f"a photo of a {name}." for name in cache.classes["name"]]
 
@@ -144,8 +180,6 @@ def test_a_sigmoid_loss_begins_with_its_own_scale_and_bias(path, tmp_path):
     config = configured(path, tmp_path / "s", loss={"kind": "siglip"}, epochs=1, patience=None)
     metrics = run(config).metrics
     assert abs(metrics["logit_scale"] - 10) < 0.5
-    from safetensors.torch import load_file
-
     bias = load_file(config.out / "adapter.safetensors")["logit_bias"]
     assert abs(float(bias) + 10) < 0.1
 

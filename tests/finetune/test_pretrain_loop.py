@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from finetune.pair_stream import Batch
-from finetune.pretrain_loop import Training
-from finetune.text import TokenTable
-from finetune.training_images import TrainingImages, VariedBatch
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
+from finetune.contrastive.loop import Training
+from finetune.contrastive.pair_stream import Batch
+from finetune.contrastive.text import TokenTable
+from finetune.images.training_images import TrainingImages, VariedBatch
 from finetune.losses import PairLossConfig
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.losses.siglip import SiglipConfig

@@ -71,7 +71,7 @@ class ProjectConfig(Config):
     """Optimizer and schedule."""
     epochs: PositiveInt = 50
     """Most passes over the training images, a random caption of each."""
-    batch_size: PositiveInt | None = None
+    batch_size: int | None = Field(default=None, ge=2)
     """Distinct images a step, the number of negatives plus one, at most all of them; unset = 2048,
     or the largest power of two that makes four steps an epoch of a small split."""
     patience: PositiveInt | None = 10

@@ -38,6 +38,7 @@ from finetune.tuning import building, frozen, head_folder
 from finetune.tuning.examples import Material
 from finetune.tuning.frozen import Frozen
 from finetune.tuning.head_folder import EncodedDataset
+from finetune.tuning.initial_head import carving_seed
 from finetune.tuning.loop import Measured, fit, measure
 from finetune.tuning.objective import Objective, ObjectiveName
 from finetune.tuning.options import ClassifierConfig, StopConfig, TextConfig, TuningConfig
@@ -89,7 +90,8 @@ class TrainConfig(Config):
     """The linear head."""
     init_head: Path | None = None
     """Run folder of a linear head that heads.train fitted to frozen features of this backbone: the
-    head begins with its weights and scaling; unset = zeros."""
+    head begins with its weights and scaling, and rows are held out by that run's seed; unset =
+    zeros."""
     loss: AnyLoss | None = Field(default=None, discriminator="kind")
     """Loss on the head's logits, by kind; unset = softmax cross-entropy (single label) or sigmoid
     cross-entropy (multi label)."""
@@ -230,7 +232,7 @@ def _train(
         val_split=config.val_split,
         val_fraction=config.val_fraction,
         test_split=config.test_split,
-        seed=config.seed,
+        seed=_carving_seed(config),
     )
     backbone = chosen.open(str(device), "fp32")
     if cache is not None:
@@ -376,9 +378,14 @@ def _frozen(
         val_split=None if config.val_split == building.NO_SPLIT else config.val_split,
         val_fraction=config.val_fraction,
         test_split=config.test_split,
-        seed=config.seed,
+        seed=_carving_seed(config),
         device=config.device,
     )
+
+
+def _carving_seed(config: TrainConfig) -> int:
+    """What rows are held out by: those that the first head was not trained on either."""
+    return config.seed if config.init_head is None else carving_seed(config.init_head, config.seed)
 
 
 def _completed(config: TrainConfig, cache: Cache | None) -> TrainConfig:

@@ -34,7 +34,7 @@ class PretrainConfig(Config):
     random ones."""
     image_size: PositiveInt | None = None
     """Side of the images in pixels; unset = the architecture's."""
-    context_length: PositiveInt | None = None
+    context_length: int | None = Field(default=None, ge=3)
     """Longest caption in tokens, start and end included; unset = the architecture's."""
     out: Path = Path("backbones/garden")
     """Folder for the result; opens as `local-dir:FOLDER`."""

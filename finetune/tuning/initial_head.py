@@ -11,6 +11,7 @@ from featcache.identity import differences
 from finetune.tuning.examples import Material
 from heads.models.linear import Linear, LinearConfig
 from heads.run_folder import LoadedRun, load_run
+from heads.train import TrainConfig as HeadTrainConfig
 
 
 def initial_head(
@@ -61,6 +62,17 @@ def initial_head(
     }
     head.load_trained_state(state)
     return head, config
+
+
+def carving_seed(path: Path, own: int) -> int:
+    """The seed by which a head's training held rows out, so that the same rows stay unseen.
+
+    Args:
+        path: run folder of heads.train.
+        own: this training's, for folders that do not say.
+    """
+    file = path / "config.yaml"
+    return HeadTrainConfig.from_yaml(file).seed if file.is_file() else own
 
 
 def class_order(run: LoadedRun, names: list[str]) -> Tensor:

@@ -109,8 +109,8 @@ class StopConfig(Config):
     """When to stop before the last epoch."""
 
     patience: PositiveInt | None = 3
-    """Stop after this many epochs in a row that are no better than the best so far; null = run all
-    epochs."""
+    """Stop after this many epochs in a row that are no better than the best so far; None (null in
+    YAML) = run all epochs."""
     min_delta: NonNegativeFloat = 0.02
     """How much better than the best so far counts, 0 or more: nats of the validation loss, or
     share of the metric."""

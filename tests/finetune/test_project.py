@@ -202,3 +202,8 @@ def test_splits_and_caches_without_captions_are_refused(path, tmp_path, image_fo
     with pytest.raises(CacheError, match="not text/projected; extract a dataset with captions"):
         run(configured(tmp_path / "plain", tmp_path / "x"))
     assert not list(tmp_path.glob("x*"))
+
+
+def test_an_image_alone_has_no_negatives() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size: .* greater than or equal to 2, found 1"):
+        ProjectConfig.from_values({"cache": "cache", "out": "out", "batch_size": 1})

@@ -21,7 +21,7 @@ from finetune.tuning import loop as tuning_loop
 from finetune.tuning.initial_head import class_order
 from finetune.tuning.objective import Objective
 from heads import evaluate, predict
-from heads.run_folder import load_run
+from heads.run_folder import RunError, load_run
 from heads.train import TrainConfig as HeadTrainConfig
 from heads.train import run as train_head
 
@@ -304,3 +304,25 @@ def test_options_that_contradict_each_other(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config(toy, tmp_path / "out", **changes)
+
+
+def test_rows_that_the_first_head_has_seen_do_not_decide(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the seed, the rows held out are those that the head's own training held out."""
+    (tmp_path / "head").mkdir()
+    head = HeadTrainConfig(cache=str(tmp_path / "cache"), seed=7)
+    (tmp_path / "head" / "config.yaml").write_text(head.to_yaml())
+    (tmp_path / "head" / "metrics.json").write_text("{}")
+    seen: list[int] = []
+
+    def choose(*rows: Any, seed: int, **options: Any) -> None:
+        seen.append(seed)
+        raise RunError("far enough")
+
+    monkeypatch.setattr(finetune_train.building, "choose", choose)
+    changes: dict[str, Any]
+    for changes in ({}, {"init_head": str(tmp_path / "head")}):
+        with pytest.raises(RunError, match="far enough"):
+            run(config(toy, tmp_path / "out", seed=42, **changes))
+    assert seen == [42, 7]

@@ -149,7 +149,7 @@ def test_siglip_after_a_softmax_begins_with_its_own_scale_and_bias(tmp_path: Pat
     ("init", "architecture", "size", "message"),
     [
         ("laion2b_s34b_b79k", None, None, "no folder; .* name its architecture"),
-        ("laion2b", "ViT-B-32", None, "init: 'laion2b' is no folder, no file and no tag of ViT-B-32"),
+        ("laion2b", "ViT-B-32", None, "'laion2b' is no folder, no file and no tag of ViT-B"),
         ("weights.pt", "demo-rn", None, "architecture demo-rn; give the folder"),
         (".", "ViT-B-32", None, "a folder that has its own; leave architecture out"),
         (".", None, 64, "image_size: 64 with weights from"),

@@ -36,6 +36,8 @@ from finetune.images.loading import LoadingConfig
 from finetune.output import is_finished, read_json, resumable, write_json
 from finetune.tuning import building, frozen, head_folder
 from finetune.tuning.examples import Material
+from finetune.tuning.fitted_head import FILE as FITTED
+from finetune.tuning.fitted_head import fitted_head
 from finetune.tuning.frozen import Frozen
 from finetune.tuning.head_folder import EncodedDataset
 from finetune.tuning.initial_head import carving_seed
@@ -49,7 +51,9 @@ from finetune.tuning.tuned import Tuned
 from heads import run_folder
 from heads.distributed import Group, ending_at_once, group_for
 from heads.evaluate import main_metric
+from heads.fitting import mixed_precision
 from heads.losses import AnyLoss
+from heads.models.linear import Linear
 from heads.parts import Part, Parts
 from heads.scoring import MetricsConfig
 
@@ -90,8 +94,8 @@ class TrainConfig(Config):
     """The linear head."""
     init_head: Path | None = None
     """Run folder of a linear head that heads.train fitted to frozen features of this backbone: the
-    head begins with its weights and scaling, and rows are held out by that run's seed; unset =
-    zeros."""
+    head begins with its weights and scaling, and rows are held out by that run's seed; unset = as
+    `head.fit_first` says."""
     loss: AnyLoss | None = Field(default=None, discriminator="kind")
     """Loss on the head's logits, by kind; unset = softmax cross-entropy (single label) or sigmoid
     cross-entropy (multi label)."""
@@ -164,6 +168,11 @@ class TrainConfig(Config):
                     raise ValueError(
                         f"objective image_text has no head, but {name} is given; leave it out"
                     )
+        if self.loss is not None and self.loss.needs_cosines:
+            raise ValueError(
+                f"loss {self.loss.kind} takes cosines, and the head that is trained here gives "
+                "logits; choose another loss"
+            )
         return self
 
 
@@ -211,6 +220,7 @@ def run(config: TrainConfig) -> Report:
                 write_json(folder / "metrics.json", metrics)
                 write_json(folder / RECORD, {**record, "versions": run_folder.versions()})
                 (folder / LAST).unlink()
+                (folder / FITTED).unlink(missing_ok=True)
         metrics = group.follow(metrics)
     if group.leads and not config.quiet:
         print(summary(metrics))
@@ -240,25 +250,9 @@ def _train(
     towers = backbone.trainable()
     towers.model.eval()
     torch.manual_seed(config.seed)
-    head, head_config = building.build_head(
-        config.head, config.init_head, config.objective, material, backbone, device
-    )
-    adapter = config.adapter.attach(towers).to(device)
-    objective = building.build_objective(
-        config.objective,
-        head,
-        config.loss,
-        config.text,
-        material,
-        backbone,
-        adapter,
-        config.adapter,
-        parts,
-        config.optim.accumulate * group.size,
-    ).to(device)
+    adapter = config.adapter.attach(towers).to(device).eval()
     if config.optim.checkpoint_blocks:
         building.checkpoint_blocks(towers)
-    tuned = Tuned(adapter, objective)
     source: Source
     if material.manifest is None:
         assert cache is not None, "no images and no cache"
@@ -273,10 +267,44 @@ def _train(
             config.loading,
             device,
         )
-    if not quiet:
-        print(_opening(config, tuned, parts, towers.name, device))
     metric = main_metric(material.task)
     try:
+        head: Linear | None
+        fits = config.objective == "classification" and config.head.fit_first
+        if fits and config.init_head is None:
+            head, head_config = fitted_head(
+                config.head,
+                config.loss,
+                material,
+                source,
+                parts,
+                backbone,
+                group,
+                folder=folder,
+                batch_size=max(config.optim.batch_size, 32),
+                mixed=mixed_precision(config.optim.precision, device)[0],
+                seed=config.seed,
+                quiet=quiet,
+            )
+        else:
+            head, head_config = building.build_head(
+                config.head, config.init_head, config.objective, material, backbone, device
+            )
+        objective = building.build_objective(
+            config.objective,
+            head,
+            config.loss,
+            config.text,
+            material,
+            backbone,
+            adapter,
+            config.adapter,
+            parts,
+            config.optim.accumulate * group.size,
+        ).to(device)
+        tuned = Tuned(adapter, objective)
+        if not quiet:
+            print(_opening(config, tuned, parts, towers.name, device))
         building.start_offset(objective, source, parts)
         fitted = fit(
             tuned,
@@ -291,6 +319,7 @@ def _train(
             metric=metric,
             folder=folder,
             quiet=quiet,
+            measure_first=fits or config.init_head is not None,
         )
         if not group.leads:
             return {}

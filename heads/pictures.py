@@ -59,7 +59,8 @@ def curves(
         history: records with epoch, loss, lr and `val_<metric>`, as in history.jsonl.
         title: line above it; "" = none.
         metric: name of the validation metric.
-        best_epoch: the one that was picked, counted from 1; None = the best by validation.
+        best_epoch: the one that was picked, counted from 1; 0 = what training began with, which is
+            not drawn; None = the best by validation.
     """
     epochs = np.asarray([line["epoch"] for line in history])
     values = np.asarray([line[f"val_{metric}"] for line in history])
@@ -89,14 +90,15 @@ def curves(
         middle.plot(epochs, line, color=PALETTE[3 + index % 5], lw=1.2, marker=marker, label=name)
         low, high = min(low, float(np.nanmin(line))), max(high, float(np.nanmax(line)))
     middle.plot(epochs, values, color=PALETTE[2], lw=2, marker=marker, label="whole head")
-    middle.plot(epochs[picked], values[picked], "o", color=PALETTE[1], ms=7, zorder=3)
+    if best_epoch != 0:
+        middle.plot(epochs[picked], values[picked], "o", color=PALETTE[1], ms=7, zorder=3)
     if watched:
         _legend(middle)
     room = max(high - low, 0.01)
     middle.set_ylim(max(0.0, low - 0.08 * room), high + 0.25 * room)
     after = picked < 0.6 * len(epochs)
     middle.annotate(
-        f"{values[picked]:.2%} at epoch {epochs[picked]}",
+        f"{values[picked]:.2%} at epoch {epochs[picked]}" if best_epoch != 0 else "",
         (epochs[picked], values[picked]),
         xytext=(8 if after else -8, 8),
         textcoords="offset points",

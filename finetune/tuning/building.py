@@ -64,14 +64,14 @@ def build_head(
     backbone: Backbone,
     device: torch.device,
 ) -> tuple[Linear | None, LinearConfig]:
-    """The head to train, None without one, and options that build it again."""
+    """The head of zeros or of `init_head`, None without one, and options that build it again."""
     if objective == "image_text":
         return None, LinearConfig(scaling="unit", bias=False, lrs=(1e-3,), weight_decays=(0.0,))
     if init_head is not None:
         return initial_head(init_head, material, backbone, device)
     config = LinearConfig(
         feature="projected" if backbone.spec.projected_dim else "pooled",
-        scaling=options.scaling,
+        scaling=options.scaling or "unit",
         bias=options.bias,
         lrs=(options.lr,),
         weight_decays=(options.weight_decay,),
@@ -80,7 +80,7 @@ def build_head(
         backbone.spec.projected_dim or backbone.spec.pooled_dim,
         material.num_classes,
         bias=options.bias,
-        scaling=options.scaling,
+        scaling=config.scaling,
         pairs=((options.lr, options.weight_decay),),
     )
     return head.to(device), config
@@ -129,11 +129,6 @@ def build_objective(
     if reads_text:
         prompts = format_prompts(material.classes, templates_of(options, material))
         text = ClassText(prompts, adapter.towers, adapter_config.trains_text)
-    if loss is not None and loss.needs_cosines:
-        raise ConfigError(
-            f"loss {loss.kind} takes cosines, and the head that is trained here gives logits; "
-            "choose another loss"
-        )
     counts = class_counts(parts.train, material.num_classes)
     statistics = ClassStatistics(counts, len(parts.train))
     criterion = build_loss(LinearConfig(), loss, material.task, statistics)

@@ -44,7 +44,7 @@ class Fit:
         scaler: of the loss, for float16; otherwise it does nothing.
         stop: counts epochs towards stopping early; plateau: towards lowering the rate.
         best_value: accuracy (mAP) of the best epoch; -inf before the first validation.
-        best_epoch: counted from 1; 0 = none yet.
+        best_epoch: counted from 1; 0 = what training began with.
         best_state: copy of the trained tensors of that epoch.
         history: one record an epoch.
     """
@@ -69,7 +69,7 @@ class Fit:
             values={
                 "stop": self.stop.record(),
                 "plateau": self.plateau.record(),
-                "best_value": self.best_value if self.best_epoch else None,
+                "best_value": self.best_value if self.best_state else None,
                 "best_epoch": self.best_epoch,
                 "history": self.history,
             },
@@ -82,7 +82,7 @@ class Fit:
         self.stop.restore(values["stop"])
         self.plateau.restore(values["plateau"])
         self.history[:] = values["history"]
-        if values["best_epoch"]:
+        if values["best_value"] is not None:
             self.best_value, self.best_epoch = values["best_value"], values["best_epoch"]
             self.best_state = dict(saved.tensors["best"])
 
@@ -120,6 +120,7 @@ def fit(
     metric: str,
     folder: Path,
     quiet: bool,
+    measure_first: bool = False,
 ) -> Fit:
     """Trains adapter and head in place, and puts the best epoch's tensors of both back.
 
@@ -138,6 +139,8 @@ def fit(
         metric: name of the accuracy, for records.
         folder: where the state is kept after each epoch, and an interrupted training is found.
         quiet: show no progress.
+        measure_first: the head is fitted already: what it begins as is kept unless an epoch is
+            better, and training stops early if none is.
 
     Raises:
         RunError: if a loss is NaN or infinite, with the optimiser step.
@@ -162,6 +165,23 @@ def fit(
     targets = train.target_tensor(device)
     progress = ProgressLine(quiet or not group.leads)
     step = history[-1]["step"] if history else 0
+
+    def validate() -> tuple[dict[str, float], float]:
+        assert val is not None, "nothing to measure"
+        found = None
+        if group.leads:
+            measured = measure(tuned.objective, source, encode, val, size, mixed, device)
+            found = measured.accuracy, measured.loss
+        found = group.follow(found)
+        assert found is not None, "the leading process has measured"
+        return found
+
+    if measure_first and val is not None and not history:
+        tuned.eval()
+        accuracy, loss = validate()
+        kept = "cls" if "cls" in accuracy else "txt"
+        fitted.best_value, fitted.best_state = accuracy[kept], tuned.copied()
+        fitted.stop.see(-loss if stop.on == "loss" else accuracy[kept])
     started, first_step = time.perf_counter(), step
     for epoch in range(len(history), num_epochs):
         if fitted.stop.is_due:
@@ -229,13 +249,7 @@ def fit(
         }
         tuned.eval()
         if val is not None:
-            found = None
-            if group.leads:
-                measured = measure(tuned.objective, source, encode, val, size, mixed, device)
-                found = measured.accuracy, measured.loss
-            found = group.follow(found)
-            assert found is not None, "the leading process has measured"
-            accuracy, loss = found
+            accuracy, loss = validate()
             kept = "cls" if "cls" in accuracy else "txt"
             value = accuracy[kept]
             record |= {"val_loss": loss, f"val_{metric}": value}
@@ -285,26 +299,39 @@ def measure(
         RunError: if none of the rows can be read, or weights that have diverged make features NaN
             or infinite.
     """
+    features, own, seconds = encoded(source, encode, part, batch_size, mixed)
+    accuracy, loss = score(objective, features, own, device)
+    return Measured(own, features, accuracy, loss, seconds)
+
+
+@torch.no_grad()
+def encoded(
+    source: Source, encode: Encode, part: Part, batch_size: int, mixed: AbstractContextManager[None]
+) -> tuple[Tensor, Part, float]:
+    """(n, P) float32 features on the CPU of the readable rows of a part, those rows, and seconds.
+
+    Args: as `measure` takes them.
+
+    Raises:
+        RunError: if none of the rows can be read, or a feature is NaN or infinite.
+    """
     started = time.perf_counter()
     rows, parts = [], []
     for inputs, which in source.plain(part, batch_size):
         with mixed:
-            parts.append(encode(inputs).float().cpu())
+            parts.append(encode(inputs).float())
         rows.append(which)
     if not parts:
         raise RunError(f"none of the {len(part)} images of {part.name!r} can be read")
-    features, kept = torch.cat(parts), np.concatenate(rows)
+    features, kept = torch.cat(parts).cpu(), np.concatenate(rows)  # one wait for the device
     if not features.isfinite().all():
         raise RunError(
             f"features of {part.name!r} are NaN or infinite, the training has diverged; lower "
             "optim.lr or set optim.clip_norm"
         )
-    seconds = time.perf_counter() - started
     readable = np.zeros(len(part), np.bool_)
     readable[kept] = True
-    own = part.subset(readable, part.name)
-    accuracy, loss = score(objective, features, own, device)
-    return Measured(own, features, accuracy, loss, seconds)
+    return features, part.subset(readable, part.name), time.perf_counter() - started
 
 
 @torch.no_grad()

@@ -13,16 +13,30 @@ from heads.optim import ScheduleConfig
 class ClassifierConfig(Config):
     """The linear head on the backbone's image feature."""
 
-    scaling: Literal["unit", "l2"] = "unit"
-    """What the head reads: unit = the feature brought to norm 1; l2 = the same times the root of
-    its width, with which equal steps of the weights move the logits further. With `init_head` the
-    head's own scaling is kept."""
+    fit_first: bool = True
+    """Fit the head to the backbone's features as they are, by the search of `heads.train --head
+    linear`, and train both from there: no worse by validation than the frozen backbone. false =
+    begin with zeros, as published. Not read with `init_head`, which is such a head."""
+    scaling: Literal["standard", "unit", "l2"] | None = None
+    """What the head reads: standard = each column of the feature to mean 0 and deviation 1 over the
+    training rows before training; unit = the feature brought to norm 1; l2 = the same times the
+    root of its width, with which equal steps of the weights move the logits further. Unset =
+    standard with `fit_first`, otherwise unit. With `init_head` the head's own scaling is kept."""
     bias: bool = True
     """Add a per-class offset."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate of the head, > 0."""
     weight_decay: NonNegativeFloat = 1e-4
     """Decoupled weight decay of the head's weights, 0 or more; offsets never decay."""
+
+    @model_validator(mode="after")
+    def _statistics_are_known(self) -> Self:
+        if self.scaling == "standard" and not self.fit_first:
+            raise ValueError(
+                "scaling standard takes its statistics from the features that the head is fitted "
+                "to first; set fit_first true, or scaling unit or l2"
+            )
+        return self
 
 
 class TextConfig(Config):

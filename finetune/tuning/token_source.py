@@ -52,7 +52,7 @@ class TokenSource:
         self._tail = towers.tail(self.num_blocks)
         self._cache, self._device = cache, device
         self._train = FeatureTable(cache.array(TOKENS), train.rows, device)
-        self._plain: dict[str, FeatureTable] = {}
+        self._plain: dict[str, FeatureTable] = {train.name: self._train}
         self.num_views = self._train.num_views
         self.waited = 0.0
 
@@ -79,10 +79,10 @@ class TokenSource:
 
     def plain(self, part: Part, batch_size: int) -> Iterator[tuple[Tensor, IntArray]]:
         """(B, L, W) float32 tokens of the plain view; see `Source.plain`."""
-        if part.name not in self._plain:
+        table = self._plain.get(part.name)
+        if table is None or not np.array_equal(table.rows, part.rows):
             array = self._cache.array(TOKENS)
-            self._plain[part.name] = FeatureTable(array, part.rows, self._device)
-        table = self._plain[part.name]
+            table = self._plain[part.name] = FeatureTable(array, part.rows, self._device)
         for start in range(0, len(part), batch_size):
             which = np.arange(start, min(start + batch_size, len(part)), dtype=np.int64)
             yield table.slice(start, start + batch_size), which

@@ -43,7 +43,7 @@ def config(toy: Path, out: Path, **changes: Any) -> TrainConfig:
         "out": str(out),
         "adapter": "full",
         "optim": {"lr": 1e-3, "epochs": 3, "batch_size": 16},
-        "head": {"lr": 1e-2, "scaling": "l2"},
+        "head": {"lr": 1e-2, "scaling": "l2", "fit_first": False},
         "device": "cpu",
         "report": False,
     }

@@ -17,6 +17,7 @@ from featcache.errors import ConfigError
 from featcache.extract_config import ExtractConfig
 from finetune import train as finetune_train
 from finetune.train import run
+from finetune.tuning import fitted_head
 from finetune.tuning import loop as tuning_loop
 from finetune.tuning.initial_head import class_order
 from finetune.tuning.objective import Objective
@@ -200,6 +201,47 @@ def test_head_begins_at_the_one_trained_on_the_cache_and_both_are_compared(
     assert class_order(twins, ["crane", "dog", "crane"]).tolist() == [0, 1, 2]
     with pytest.raises(ConfigError, match="share a name and are in another order"):
         class_order(twins, ["crane", "crane", "dog"])
+
+
+def test_head_is_fitted_first_and_kept_unless_an_epoch_is_better(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very head that heads.train fits to a cache; an interrupted training finds it again."""
+    extract.run(
+        ExtractConfig.model_validate(
+            {
+                "dataset": {"kind": "table", "file": str(toy / "toy.csv")},
+                "backbone": {"model": str(toy / "finetune-toy.json"), "pretrained": "random:3"},
+                "cache": str(tmp_path / "cache"),
+                "precision": "fp32",
+                "device": "cpu",
+                "features": {"storage_dtype": "float32"},
+            }
+        )
+    )
+    values = {"cache": tmp_path / "cache", "head": "linear", "run": tmp_path / "head"}
+    common = {"quiet": True, "device": "cpu", "report": False}
+    frozen = train_head(HeadTrainConfig.model_validate({**values, **common, "seed": 42}))
+    options = {"head": {}, "optim": {"lr": 1e-3, "epochs": 2, "batch_size": 16}}
+    save = tuning_loop.Fit.save
+
+    def save_then_die(self: tuning_loop.Fit, path: Path) -> None:
+        save(self, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning_loop.Fit, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(toy, tmp_path / "out", **options))
+    monkeypatch.undo()
+    monkeypatch.delattr(fitted_head, "_fit")
+    report = run(config(toy, tmp_path / "out", **options))
+    assert frozen.metrics["val"]["top1"] == 1, "no epoch can be better"
+    assert report.metrics["best_epoch"] == 0
+    assert report.metrics["epochs"] == 2
+    for part in ("val", "test"):
+        assert report.metrics[f"{part}_acc_cls"] == frozen.metrics[part]["top1"]
+    own, theirs = (load_run(folder).head for folder in (tmp_path / "out/head", tmp_path / "head"))
+    torch.testing.assert_close(own.trained_state(), theirs.trained_state(), atol=1e-3, rtol=1e-3)
 
 
 def test_last_blocks_train_on_cached_tokens_without_pixels(toy: Path, tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def write_adapter(
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder says that it holds an adapted backbone."""
+    return (folder / RECORD).is_file()
+
+
 def read_adapter(folder: Path) -> AdapterFolder:
     """What a folder holds.
 
@@ -116,7 +121,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         BackboneError: see `read_adapter`.
     """
-    if not (folder / RECORD).is_file():
+    if not is_adapter(folder):
         found = "no such folder" if not folder.is_dir() else f"no {RECORD} in it"
         raise BackboneError(f"{folder}: {found}; expected a folder that finetune.train wrote")
     try:

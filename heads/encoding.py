@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from featcache.adapter_folder import is_adapter
 from featcache.backbones import BACKBONES
 from featcache.backbones.base import Backbone, FeatureRequest, PixelSpec
 from featcache.caption_means import unit_rows
@@ -110,6 +111,9 @@ def open_backbone(run: LoadedRun, member: Member, device: torch.device) -> Backb
             f"{run.path}: trained with backbone kind {record['kind']!r}, this installation has "
             f"{', '.join(BACKBONES)}; install the extra that brings it"
         )
+    around = run.path.resolve().parent
+    if record["kind"] == "adapted" and not Path(record["model"]).exists() and is_adapter(around):
+        record = {**record, "model": str(around)}  # both have moved; weights are compared below
     config = BACKBONES[record["kind"]].model_validate(record)
     backbone = config.open(str(device), member.identity.precision)
     expected = member.identity.backbone.record()

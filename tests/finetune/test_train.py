@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from featcache import extract
-from featcache.errors import ConfigError
+from featcache.errors import CacheMismatchError, ConfigError
 from featcache.extract_config import ExtractConfig
 from finetune import train as finetune_train
 from finetune.train import run
@@ -95,6 +95,30 @@ def test_head_folder_predicts_and_evaluates_as_training_reported(
             evaluate.EvaluateConfig(run=trained / "head", cache=tmp_path / "cache", split=split)
         )
         assert scores.metrics["top1"] == values[f"{split}_acc_cls"]
+
+
+def test_a_result_that_has_moved_predicts_all_the_same(
+    toy: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Its head finds the backbone around it, and refuses another one there."""
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    record = moved / "head" / "head.json"
+    text = record.read_text()
+    assert str(trained.resolve()) in text
+    record.write_text(text.replace(str(trained.resolve()), str(tmp_path / "gone")))
+    options = {"images": toy, "quiet": True}
+    before, after = (
+        predict.run(
+            predict.PredictConfig(run=folder / "head", out=tmp_path / f"{n}.csv", **options)
+        ).table
+        for n, folder in enumerate((trained, moved))
+    )
+    assert after.equals(before)
+    tensors = load_file(moved / "adapter.safetensors")
+    save_file({name: 2 * t for name, t in tensors.items()}, moved / "adapter.safetensors")
+    with pytest.raises(CacheMismatchError, match=r"backbone\.weights differs"):
+        predict.run(predict.PredictConfig(run=moved / "head", out=tmp_path / "2.csv", **options))
 
 
 def test_two_processes_train_as_one(toy: Path, tmp_path: Path) -> None:

@@ -166,13 +166,13 @@ class Training:
         pixels = self.images.inputs(batch.images)
         # Equal captions are encoded once.
         distinct, place = np.unique(batch.caption_ids, return_inverse=True)
-        tokens = self.texts.rows(distinct).to(device)
+        tokens = self.texts.rows(distinct).to(device, non_blocking=True)
         mixed = nullcontext() if self._dtype is None else torch.autocast(device.type, self._dtype)
         with mixed:
             images, captions = self.towers(
                 pixels.contiguous(memory_format=torch.channels_last), tokens
             )
-        captions = captions.float()[torch.from_numpy(place).to(device)]
+        captions = captions.float()[torch.from_numpy(place).to(device, non_blocking=True)]
         return F.normalize(images.float(), dim=-1), F.normalize(captions, dim=-1)
 
 

@@ -9,6 +9,7 @@ is follows from the options alone (`AugmentationConfig.on_device`), never from m
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Self
 
 import numpy as np
@@ -146,6 +147,15 @@ class TrainingImages:
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, 3, H, W) float32 normalised, from pixels in 0..255."""
-    shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1) * 255.0
-    scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1) * 255.0
+    shift, scale = _constants(tuple(mean), tuple(std), pixels.device)
     return (pixels.float() - shift) / scale
+
+
+@cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Made once: a copy to the device in every step would let the CPU wait for it."""
+    shift = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255.0
+    scale = torch.tensor(std, device=device).view(1, 3, 1, 1) * 255.0
+    return shift, scale

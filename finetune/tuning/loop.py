@@ -212,7 +212,8 @@ def fit(
                     continue
                 with mixed:
                     features, vectors = encode(pixels), tuned.objective.vectors()
-                own_targets = targets[torch.from_numpy(which).to(device)]
+                # A blocking copy would let the CPU wait for the device in every step.
+                own_targets = targets[torch.from_numpy(which).to(device, non_blocking=True)]
                 parts = tuned.objective(features.float(), own_targets, vectors)
                 share = len(which) / divisor
                 scaler.scale(parts["loss"] * share).backward()

@@ -32,7 +32,9 @@ def _history(config: PretrainConfig) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("tower", ["vit", "rn"])
-def test_learns_and_opens_in_open_clip(toy: Path, tower: str, monkeypatch: Any) -> None:
+def test_learns_and_opens_in_open_clip(
+    toy: Path, tower: str, monkeypatch: Any, painted: None
+) -> None:
     trained: list[torch.nn.Module] = []
     train = pretrain.train
     monkeypatch.setattr(

@@ -88,7 +88,7 @@ def test_batches_hold_distinct_images_with_captions_of_their_own(path):
     assert torch.equal(first[1], again[1])
 
 
-def test_the_best_epoch_is_kept_and_its_backbone_measures_the_same(path, tmp_path):
+def test_the_best_epoch_is_kept_and_its_backbone_measures_the_same(path, tmp_path, painted):
     config = configured(
         path, tmp_path / "p", optim={"lr": 0.01}, adapter={"text": "linear"}, templates=["plain"]
     )

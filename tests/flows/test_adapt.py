@@ -14,6 +14,7 @@ from flows.adapt import AdaptConfig, run
 
 
 @pytest.mark.flows
+@pytest.mark.timeout(600)  # it starts the server as well, maybe on a busy machine
 class TestWholeWay:
     @pytest.fixture(autouse=True)
     def _on_our_server(self, prefect: Any) -> Iterator[None]:

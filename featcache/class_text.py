@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.backbones import BACKBONES
-from featcache.backbones.base import Backbone
+from featcache.backbones.base import Backbone, BackboneConfig
 from featcache.backbones.prompt_tower import PromptTower
 from featcache.errors import CacheError, CacheMismatchError, ConfigError, StorageDeniedError
 from featcache.identity import Precision, differences, fingerprint
@@ -124,6 +124,21 @@ def ensemble(prompts: Tensor, weights: Sequence[float] | None = None) -> Tensor:
     return F.normalize(torch.einsum("t,tcp->cp", share / share.sum(), unit), dim=-1)
 
 
+def recorded_backbone(cache: Cache) -> BackboneConfig:
+    """The options that opened the encoder which wrote a cache.
+
+    Raises:
+        CacheError: if this installation does not know that kind.
+    """
+    record = cache.attributes["backbone"]
+    if record.get("kind") not in BACKBONES:
+        raise CacheError(
+            f"{cache.path}: written by backbone kind {record.get('kind')!r}, this installation has "
+            f"{', '.join(BACKBONES)}; install the extra that brings it"
+        )
+    return BACKBONES[record["kind"]].model_validate(record)
+
+
 def open_cache_backbone(
     cache: Cache, device: str = "cpu", precision: Precision | None = None
 ) -> Backbone:
@@ -135,16 +150,11 @@ def open_cache_backbone(
         precision: None = the cache's own.
 
     Raises:
+        CacheError: if this installation does not know it.
         BackboneError: if its weights are not where they were.
         CacheMismatchError: if other weights lie there now.
     """
-    record = cache.attributes["backbone"]
-    if record.get("kind") not in BACKBONES:
-        raise CacheError(
-            f"{cache.path}: written by backbone kind {record.get('kind')!r}, this installation has "
-            f"{', '.join(BACKBONES)}; install the extra that brings it"
-        )
-    config = BACKBONES[record["kind"]].model_validate(record)
+    config = recorded_backbone(cache)
     backbone = config.open(device, precision or cache.identity.precision)
     require_backbone(cache, backbone)
     return backbone

@@ -22,9 +22,10 @@ from torch import Tensor
 from featcache.adapter_folder import read_adapter
 from featcache.adapters.last_blocks import LastBlocksConfig
 from featcache.adapters.projection import ProjectedBackbone
-from featcache.backbones import BACKBONES, AnyBackbone
+from featcache.backbones import AnyBackbone
 from featcache.backbones.adapted import AdaptedConfig
 from featcache.backbones.base import Backbone, BackboneConfig
+from featcache.class_text import recorded_backbone
 from featcache.config import Config, run_job
 from featcache.errors import BackboneError, CacheCorruptError, CacheError, CacheMismatchError
 from featcache.extract import cache_plan, carry_out, identity_of
@@ -61,16 +62,14 @@ def run(config: FinishConfig) -> ExtractReport:
     """Writes what is missing of the new cache, and declares it complete.
 
     Raises:
-        CacheError: the cache lacks what the backbone continues from, or the disk is too small.
+        CacheError: the cache lacks what the backbone continues from, was written by a backbone that
+            is not installed, or the disk is too small.
         CacheMismatchError: the cache was written by another base.
         BackboneError: the backbone cannot be opened, or is adapted below what the cache holds.
     """
     source = open_cache(config.cache)
     device = resolve_device(config.device)
-    options = config.backbone
-    if options is None:
-        record = source.attributes["backbone"]
-        options = BACKBONES[record["kind"]].model_validate(record)
+    options = config.backbone or recorded_backbone(source)
     backbone = options.open(str(device), source.identity.precision)
     start = start_of(source, options, backbone)
     with ExitStack() as resources:

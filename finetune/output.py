@@ -1,6 +1,5 @@
 """A result folder that appears in one piece, and the folder beside it that a run goes on from."""
 
-import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 from featcache.errors import ConfigError
 from featcache.identity import differences
 from finetune.checkpoint import LAST
-from heads.run_folder import RunError
+from heads.run_folder import RunError, read_json, write_json
 
 RECORD = "pretrain.json"
 """What a folder was made from: of pretraining; other jobs name their own file."""
@@ -46,18 +45,6 @@ def is_finished(out: Path, record: dict[str, Any], restart: bool, file: str = RE
         return False
     _check_same(out, out / file, record, "a result")
     return True
-
-
-@contextmanager
-def written_at_once(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place if the block ends well, or vanishes."""
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _replace(out, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -110,17 +97,6 @@ def resumable(
         _replace(out, partial)
     finally:
         lock.release()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object, indented."""
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_same(folder: Path, file: Path, record: dict[str, Any], what: str) -> None:

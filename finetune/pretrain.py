@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,10 @@ from finetune.contrastive.text import TokenTable, UsedVocabulary, can_shorten
 from finetune.contrastive.validation import Validation
 from finetune.images.loading import Images
 from finetune.images.training_images import TrainingImages
-from finetune.output import RECORD, is_finished, read_json, resumable, write_json
+from finetune.output import RECORD, is_finished, resumable
 from finetune.recompute import recompute_blocks
 from heads.distributed import Group, ending_at_once, group_for
-from heads.run_folder import write_history
+from heads.run_folder import read_json, versions, write_history, write_json
 
 __all__ = ["PretrainConfig", "Report", "run"]
 
@@ -109,7 +108,7 @@ def run(config: PretrainConfig) -> Report:
             if group.leads:
                 (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
                 write_json(folder / "metrics.json", metrics)
-                write_json(folder / RECORD, {**record, "versions": _versions()})
+                write_json(folder / RECORD, {**record, "versions": versions()})
         group.follow(None)
     if group.leads:
         print(f"written to {config.out}: open it as local-dir:{config.out}")
@@ -369,10 +368,6 @@ def _summary(
     if "validation" in last:
         metrics["validation"] = last["validation"]
     return metrics
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "open_clip_torch", "featcache")}
 
 
 if __name__ == "__main__":

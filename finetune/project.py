@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from featcache.adapter_folder import write_adapter
 from featcache.adapters.projection import Projection, ProjectionConfig
-from featcache.backbones import BACKBONES
 from featcache.backbones.base import Backbone
-from featcache.class_text import class_text_features, open_cache_backbone
+from featcache.class_text import class_text_features, open_cache_backbone, recorded_backbone
 from featcache.config import Config, run_job
 from featcache.precision import resolve_device
 from featcache.prompts import choose_zero_shot, expand
@@ -36,9 +35,9 @@ from finetune.contrastive.pair_features import PairFeatures, PairMeasure, PairRo
 from finetune.losses import AnyPairLoss, PairLossConfig
 from finetune.losses.info_nce import InfoNceConfig
 from finetune.optim import AdamWConfig
-from finetune.output import is_finished, read_json, resumable, write_json
+from finetune.output import is_finished, resumable
 from heads.optim import set_lr
-from heads.run_folder import RunError, versions
+from heads.run_folder import RunError, read_json, versions, write_json
 from heads.watch import EarlyStop
 
 RECORD = "project.json"
@@ -151,9 +150,7 @@ def _project(config: ProjectConfig, cache: Cache, folder: Path) -> dict[str, Any
     before = {one.name: one(nn.Identity(), nn.Identity()) for one in measures}
     history = _fit(config, adapter, cache, train, measures[0], before[val.name], folder)
     after = {one.name: one(adapter.image.eval(), adapter.text.eval()) for one in measures}
-    options = BACKBONES[cache.attributes["backbone"]["kind"]]
-    base = options.model_validate(cache.attributes["backbone"])
-    write_adapter(folder, base, backbone, config.adapter, adapter.state())
+    write_adapter(folder, recorded_backbone(cache), backbone, config.adapter, adapter.state())
     with (folder / "history.jsonl").open("w", encoding="utf-8") as log:
         log.writelines(json.dumps(line) + "\n" for line in history)
     _draw(folder / "curves.png", history, before[val.name])

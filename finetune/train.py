@@ -33,7 +33,7 @@ from featcache.storage import CachePath
 from finetune.checkpoint import LAST
 from finetune.images.augmentation import AugmentationConfig
 from finetune.images.loading import LoadingConfig
-from finetune.output import is_finished, read_json, resumable, write_json
+from finetune.output import is_finished, resumable
 from finetune.tuning import building, frozen, head_folder
 from finetune.tuning.examples import Material
 from finetune.tuning.fitted_head import FILE as FITTED
@@ -55,6 +55,7 @@ from heads.fitting import mixed_precision
 from heads.losses import AnyLoss
 from heads.models.linear import Linear
 from heads.parts import Part, Parts
+from heads.run_folder import read_json, write_json
 from heads.scoring import MetricsConfig
 
 RECORD = "train.json"
@@ -200,7 +201,9 @@ def run(config: TrainConfig) -> Report:
     with group_for(config.device) as group:
         cache = None if config.cache is None else open_cache(config.cache)
         config = _completed(config, cache)
-        material = _material(config, cache)
+        material = _material(config, cache) if group.leads else None
+        group.follow(None)  # the others wait: opening a dataset may write it
+        material = material or _material(config, cache)
         material.require_labels()
         record = _record(config, material, cache)
         finished = group.follow(
@@ -473,7 +476,7 @@ def _record(config: TrainConfig, material: Material, cache: Cache | None) -> dic
     if cache is not None:
         values["cache"] = cache.fingerprint
     if config.init_head is not None:
-        values["init_head"] = run_folder.read_json(config.init_head / "metrics.json")
+        values["init_head"] = read_json(config.init_head / "metrics.json")
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 

@@ -24,12 +24,12 @@ from featcache.config import Config
 from featcache.errors import UserError
 from featcache.extract import ExtractConfig
 from finetune import train as training_job
-from finetune.output import read_json
 from finetune.train import TrainConfig
 from flows.artifacts import Row, markdown_table, post_report
 from flows.outcomes import refused, worth_a_retry
 from flows.train_heads import HeadTraining
 from flows.two_stage import two_stage
+from heads.run_folder import read_json
 
 if TYPE_CHECKING:
     AdaptedExtraction = ExtractConfig

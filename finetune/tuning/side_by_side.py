@@ -12,12 +12,11 @@ from matplotlib.ticker import PercentFormatter
 from featcache.precision import resolve_device
 from featcache.reporting import page, style
 from featcache.reporting.page import Fact, Section
-from finetune.output import read_json
 from finetune.tuning.report import METRIC_TITLES
 from heads.compare import Difference, compare, require_same_rows
 from heads.evaluate import choose_split, open_known, outputs_of
 from heads.progress import duration
-from heads.run_folder import load_run, write_atomic
+from heads.run_folder import load_run, read_json, write_atomic
 from heads.scoring import MetricsConfig
 
 DRAWS = 1000

@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on(extract, tiny_clip, tmp_path, monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
-def test_caches_that_do_not_help_are_refused(extract, tiny_clip, tmp_path):
+def test_caches_that_do_not_help_are_refused(extract, tiny_clip, tmp_path, monkeypatch):
     base = OpenClipConfig(model=f"local-dir:{tiny_clip}")
     extract("vectors", base)
     extract("tokens", base, features={"tokens": "before_last:1", "projected": False})
@@ -169,3 +169,5 @@ def test_caches_that_do_not_help_are_refused(extract, tiny_clip, tmp_path):
     refused(CacheError, "no image/projected, which adapter projection reads", "tokens", heads)
     foreign = trained(other, LastBlocksConfig(), tmp_path / "foreign")
     refused(CacheMismatchError, "weights differs", "tokens", foreign)
+    monkeypatch.setattr("featcache.class_text.BACKBONES", {"timm": None})
+    refused(CacheError, "by backbone kind 'open_clip', this installation has timm", "tokens")

@@ -12,6 +12,7 @@ from torch import nn
 
 from featcache import finish
 from featcache.adapters.projection import Head
+from featcache.backbones import BACKBONES
 from featcache.errors import CacheError, ConfigError
 from featcache.extract import ExtractConfig
 from featcache.extract import run as extract
@@ -107,7 +108,7 @@ def test_the_best_epoch_is_kept_and_its_backbone_measures_the_same(path, tmp_pat
     finish.run(FinishConfig(cache=path, backbone=adapted, out=tmp_path / "new"))
     new = open_cache(tmp_path / "new")
     test = choose_pairs(new, "train", None, 0.1, 0)[2]
-    prompts = finish.BACKBONES["adapted"].model_validate(adapted).open()
+    prompts = BACKBONES["adapted"].model_validate(adapted).open()
     measure = PairMeasure(new, test, CPU, prompts.encode_text(_prompts(new))[None])
     assert measure(nn.Identity(), nn.Identity()) == pytest.approx(metrics["after"]["test"])
     assert math.isclose(prompts.spec.logit_scale, metrics["logit_scale"], rel_tol=1e-6)

@@ -14,6 +14,7 @@ from open_clip.modified_resnet import Bottleneck
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from featcache.backbones.trainable import TrainableTowers
 from featcache.errors import ConfigError
 
 
@@ -42,6 +43,36 @@ def recompute_blocks(model: nn.Module) -> int:
             "gradient_checkpointing: none of the towers' blocks can recompute; leave it out"
         )
     return len(bottlenecks) + len(enabled)
+
+
+def recompute_tower_blocks(towers: TrainableTowers) -> None:
+    """Lets every transformer block keep its input only, and compute again in the backward pass.
+
+    Raises:
+        ConfigError: if the towers have no blocks.
+    """
+    blocks = [block for tower in towers.blocks.values() for block in tower if block.name]
+    names = {block.name for block in towers.blocks.get("image", ()) if block.name}
+    if not names and hasattr(towers.model, "set_grad_checkpointing"):
+        recompute_blocks(towers.model)  # residual networks
+        return
+    if not blocks:
+        raise ConfigError(
+            f"optim.checkpoint_blocks: {towers.name} has no transformer blocks; leave it out"
+        )
+    for block in blocks:
+        _kept_input_only(towers.model.get_submodule(block.name))
+
+
+def _kept_input_only(module: nn.Module) -> None:
+    plain = module.forward
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*inputs, **options)
+        return checkpoint(plain, *inputs, use_reentrant=False, **options)
+
+    module.forward = forward
 
 
 def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:

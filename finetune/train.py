@@ -34,6 +34,7 @@ from finetune.checkpoint import LAST
 from finetune.images.augmentation import AugmentationConfig
 from finetune.images.loading import LoadingConfig
 from finetune.output import is_finished, resumable
+from finetune.recompute import recompute_tower_blocks
 from finetune.tuning import building, frozen, head_folder
 from finetune.tuning.examples import Material
 from finetune.tuning.fitted_head import FILE as FITTED
@@ -255,7 +256,7 @@ def _train(
     torch.manual_seed(config.seed)
     adapter = config.adapter.attach(towers).to(device).eval()
     if config.optim.checkpoint_blocks:
-        building.checkpoint_blocks(towers)
+        recompute_tower_blocks(towers)
     source: Source
     if material.manifest is None:
         assert cache is not None, "no images and no cache"

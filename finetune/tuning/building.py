@@ -2,18 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from featcache.adapters.base import Adapter, AdapterConfig
 from featcache.backbones.base import Backbone
-from featcache.backbones.trainable import TrainableTowers
 from featcache.errors import ConfigError
 from featcache.prompts import choose_zero_shot, expand, format_prompts
-from finetune.recompute import recompute_blocks
 from finetune.tuning.examples import Material
 from finetune.tuning.initial_head import initial_head
 from finetune.tuning.objective import ClassText, Objective, ObjectiveName
@@ -157,33 +152,3 @@ def start_offset(objective: Objective, source: Source, parts: Parts) -> None:
     if objective.offset is not None:
         inputs, _ = next(iter(source.plain(parts.train, 256)))
         objective.start_offset(source.encode(inputs))
-
-
-def checkpoint_blocks(towers: TrainableTowers) -> None:
-    """Lets every transformer block keep its input only, and compute again in the backward pass.
-
-    Raises:
-        ConfigError: if the towers have no blocks.
-    """
-    blocks = [block for tower in towers.blocks.values() for block in tower if block.name]
-    names = {block.name for block in towers.blocks.get("image", ()) if block.name}
-    if not names and hasattr(towers.model, "set_grad_checkpointing"):
-        recompute_blocks(towers.model)  # residual networks
-        return
-    if not blocks:
-        raise ConfigError(
-            f"optim.checkpoint_blocks: {towers.name} has no transformer blocks; leave it out"
-        )
-    for block in blocks:
-        _checkpointed(towers.model.get_submodule(block.name))
-
-
-def _checkpointed(module: nn.Module) -> None:
-    plain = module.forward
-
-    def forward(*inputs: Any, **options: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return plain(*inputs, **options)
-        return checkpoint(plain, *inputs, use_reentrant=False, **options)
-
-    module.forward = forward

@@ -50,6 +50,8 @@ class WarmProcess:
         """
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("out", "err", "end")]
+        for path in self._files[:2]:  # there even if it is killed before it says anything
+            path.touch()
         request = {
             "arguments": arguments,
             "env": dict(os.environ if env is None else env),

@@ -358,6 +358,11 @@ def score(
             right = metrics.target_rank(whole, torch.from_numpy(part.targets)) == 0
             accuracy[name] = float(right.double().mean())
         else:
+            if not part.targets.any():
+                raise RunError(
+                    f"no image of {part.name!r} has a label, so nothing can be ranked right; "
+                    "choose another val_split, or val_split carve"
+                )
             precisions = metrics.average_precision(whole.numpy(), part.targets)
             accuracy[name] = float(np.nanmean(precisions))
     return accuracy, total / len(part)

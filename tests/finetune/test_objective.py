@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones.trainable import TowerName, TrainableTowers
+from finetune.tuning.loop import score
 from finetune.tuning.objective import ClassText, Objective
 from heads.losses.binary_cross_entropy import BinaryCrossEntropy
 from heads.losses.cross_entropy import CrossEntropy
 from heads.models.linear import Linear
+from heads.parts import Part
+from heads.run_folder import RunError
 
 NUM_CLASSES, DIM, SCALE, WEIGHT = 3, 4, 20.0, 0.3
 PROMPTS = [["a x", "a y", "a z"], ["one x", "one y", "one z"]]
@@ -139,3 +142,14 @@ def test_without_a_head_only_class_names_count(towers: ToyText) -> None:
     assert found.keys() == {"loss", "text_loss"}
     assert torch.equal(found["loss"], found["text_loss"])
     assert list(objective.parameters()) == []
+
+
+def test_validation_in_which_nothing_is_labelled_is_refused(towers: ToyText) -> None:
+    """Its mean average precision would be no number, and no epoch the best."""
+    objective, device = made(towers, "multi_label"), torch.device("cpu")
+    targets = np.zeros((5, NUM_CLASSES), np.uint8)
+    with pytest.raises(RunError, match="no image of 'val' has a label"):
+        score(objective, torch.randn(5, DIM), Part("val", np.arange(5), targets), device)
+    targets[2, 1] = 1
+    found, _ = score(objective, torch.randn(5, DIM), Part("val", np.arange(5), targets), device)
+    assert 0 < found["cls"] <= 1

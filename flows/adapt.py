@@ -58,6 +58,8 @@ class Method(Config):
     """Peak learning rate of the adapter, > 0."""
     epochs: PositiveInt = 10
     """Passes over the training images."""
+    warmup_steps: NonNegativeInt = 40
+    """Optimiser steps of 64 images in which the rate rises to its peak, 0 or more."""
 
 
 class AdaptConfig(Config):
@@ -199,7 +201,7 @@ def _training(config: AdaptConfig, base: BackboneConfig, method: Method) -> Trai
                 "lr": method.lr,
                 "batch_size": 64,
                 "epochs": method.epochs,
-                "schedule": {"shape": "cosine", "warmup_steps": 40},
+                "schedule": {"shape": "cosine", "warmup_steps": method.warmup_steps},
             },
             "stop": {"patience": None},
             "report": config.pages,

@@ -33,7 +33,7 @@ class TestWholeWay:
                 "backbone": tmp_path / "clip",
                 "pretraining_epochs": 1,
                 "methods": [
-                    {"adapter": {"kind": "vpt", "num_tokens": 2}, "epochs": 1},
+                    {"adapter": {"kind": "vpt", "num_tokens": 2}, "epochs": 1, "warmup_steps": 0},
                 ],
                 "pages": False,
                 "cache": tmp_path / "cache" / "night",

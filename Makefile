@@ -46,8 +46,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
-	$(BIN)/python -m pytest
+# Checks and tests side by side: each test session keeps about one core busy.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j2 lint test-features test-heads
+
+test-features: $(STAMP)
+	$(BIN)/python -m pytest tests/featcache tests/finetune
+
+test-heads: $(STAMP)
+	$(BIN)/python -m pytest --ignore tests/featcache --ignore tests/finetune
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/extract.py

@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo adapt test install lint format bench clean
+.PHONY: help demo adapt test test-features test-heads install lint format bench clean
 
 help:
 	@sed -n '1,7s/^# //p' Makefile
